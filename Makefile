@@ -1,0 +1,27 @@
+# make demo: train on the toy world and evaluate before and after.   make test: the tests.   Both set up .venv first.
+PYTHON ?= python3
+PY = .venv/bin/python
+TOY ?= --clips 60
+
+# Freed memory stays with the process: on CPUs a step is a third faster when it is not fetched from the system anew.
+export MALLOC_MMAP_MAX_ = 0
+export MALLOC_TRIM_THRESHOLD_ = 100000000000
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip setuptools wheel
+	$(PY) -m pip install --quiet -r requirements.txt
+	SAM2_BUILD_CUDA=0 $(PY) -m pip install --quiet --no-build-isolation sam2==1.1.0
+	touch $@
+
+demo: .venv/installed
+	$(PY) eval.py $(TOY) --out out/demo/before
+	$(PY) train.py --name demo
+	$(PY) eval.py $(TOY) --policy out/demo/policy --out out/demo/after --against out/demo/before/results.json
+	$(PY) segment.py --policy out/demo/policy --out out/demo/clip
+	@echo "look at: out/demo/curves.png  out/demo/clip/overlay.webp  out/demo/after/results.json"
+
+test: .venv/installed
+	$(PY) -m pytest -q test_all.py
+
+.PHONY: demo test
