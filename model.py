@@ -1,0 +1,542 @@
+"""The Thinker of Qwen2.5-Omni: towers, language model, generation, log-probabilities, checkpoints.
+
+Both towers come from transformers and stay frozen. The language model is written out here and works on flat tokens:
+every layer sees one matrix of N tokens, and a *layout* decides which of them attend to which. There are four:
+
+    Rows          B right-padded sequences, each causal                               supervised training, tests
+    Prefill       the same, and the keys and values of the prompts go into a Cache    before generation
+    Cache         one new token per row against prompt and own past                   generation
+    SharedPrefix  one prompt, computed once, and the G completions that share it      log-probabilities, training
+
+A prompt's last token opens every row that continues it: the *prefix* is what stands before that token, and the row
+[last prompt token, c_0 … c_(C-2)] predicts exactly c_0 … c_(C-1). So generation and training feed the same rows.
+
+Letters: B prompts, P prefix tokens, G (in generation n) completions of a prompt, C tokens of a completion,
+S tokens of a padded row, N flat tokens, M media tokens, D width, H heads, K key/value heads, r = H / K,
+d width of a head, L layers, V vocabulary.
+"""
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import Qwen2_5OmniThinkerConfig
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+    Qwen2_5OmniAudioEncoder,
+    Qwen2_5OmniVisionEncoder,
+)
+
+PREFILL_TOKENS = 32768  # padded prompt tokens computed at once before generation: bounds its activations
+HEAD_TOKENS = 512  # tokens whose logits exist at once: 512 x 152064 x 4 B = 311 MB
+FINISH_CHECK = 8  # decode steps between two looks at whether every row has ended
+
+
+@dataclass
+class Prompt:
+    """One prompt on the model's device. The towers are frozen, so their features are kept; token embeddings are
+    trained, so they are looked up anew in every forward."""
+    ids: Tensor  # (P + 1,) int64, the last one opens every completion
+    positions: Tensor  # (3, P + 1) int64: time, height, width
+    slots: Tensor  # (M,) int64: which tokens are media tokens
+    media: Tensor  # (M, D): what the towers saw and heard there
+
+    def row_positions(self, count: int) -> Tensor:
+        """Positions (3, count) of a row: the last prompt token, then text that counts on from the largest so far."""
+        text = self.positions.max() + 1 + torch.arange(count - 1, device=self.positions.device)
+        return torch.cat([self.positions[:, -1:], text.expand(3, -1)], dim=1)
+
+
+# ---- who attends to whom ---------------------------------------------------------------------------------------
+
+def rows(x: Tensor, count: int) -> Tensor:
+    """Flat tokens (count S, H, d) as attention wants them: (count, H, S, d)."""
+    return x.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def flat(x: Tensor) -> Tensor:
+    """The way back: (count, H, S, d) to (count S, H, d)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+@dataclass
+class Rows:
+    """B sequences of equal padded length. The padding stands at the end, where causality alone hides it."""
+    count: int
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B S, H, d), k and v (B S, K, d) -> (B S, H, d)."""
+        q, k, v = (rows(x, self.count) for x in (q, k, v))  # (B, H, S, d), (B, K, S, d)
+        return flat(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+
+@dataclass
+class SharedPrefix:
+    """P prefix tokens, then G rows of C tokens: each row sees the prefix and itself, the prefix only itself.
+    Gradients of all rows meet in the prefix through the expand."""
+    prefix: int
+    group: int
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (P + G C, H, d), k and v (P + G C, K, d) -> (P + G C, H, d)."""
+        P, G = self.prefix, self.group
+        prefix = Rows(1).attend(layer, q[:P], k[:P], v[:P])  # (P, H, d)
+        q = rows(q[P:], G)  # (G, H, C, d)
+        k, v = (torch.cat([rows(x[:P], 1).expand(G, -1, -1, -1), rows(x[P:], G)], dim=2) for x in (k, v))
+        mask = causal_lower_right(q.shape[2], k.shape[2])  # keys (G, K, P + C, d)
+        own = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return torch.cat([prefix, flat(own)])
+
+
+class Cache:
+    """Keys and values for n rows of each of B prompts. A prompt's prefix is kept once, whatever n is."""
+
+    def __init__(self, lengths: list[int], n: int, room: int, config, like: Tensor):
+        """lengths: prefix tokens of each prompt; room: tokens a row may grow to; config: the language model's; like:
+        any tensor of the dtype and device wanted."""
+        self.n, self.length = n, 0
+        B, P, L, K = len(lengths), max(lengths), config.num_hidden_layers, config.num_key_value_heads
+        d = config.hidden_size // config.num_attention_heads
+        # Zeros, not empty: what lies beyond a prompt's end gets weight 0, and 0 times a stray NaN would be NaN.
+        self.prefix = like.new_zeros(L, 2, B, K, P, d)
+        self.own = like.new_empty(L, 2, B, K, n, room, d)
+        beyond = torch.arange(P) >= torch.tensor(lengths)[:, None]  # (B, P)
+        self.beyond = beyond.to(like.device)[:, None, None]  # (B, 1, 1, P)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One new token per row: q (B n, H, d), k and v (B n, K, d) -> (B n, H, d)."""
+        (prefix_k, prefix_v), own = self.prefix[layer], self.own[layer]  # (B, K, P, d), (2, B, K, n, room, d)
+        B, K, P, d = prefix_k.shape
+        q = q.view(B, self.n, K, -1, d).transpose(1, 2) * d ** -0.5  # (B, K, n, r, d)
+        own[:, :, :, :, self.length] = torch.stack([k, v]).view(2, B, self.n, K, d).transpose(2, 3)  # the cache grows
+        own_k, own_v = own[:, :, :, :, :self.length + 1]  # (B, K, n, c, d)
+
+        # The queries of all n rows are folded into one matrix, so that the prefix is read once and not n times.
+        to_prefix = q.flatten(2, 3) @ prefix_k.mT  # (B, K, n r, P)
+        to_prefix = to_prefix.masked_fill_(self.beyond, -torch.inf).unflatten(2, (self.n, -1))  # (B, K, n, r, P)
+        to_own = q @ own_k.mT  # (B, K, n, r, c)
+        weights = torch.cat([to_prefix, to_own], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
+        on_prefix, on_own = weights.split([P, self.length + 1], dim=-1)
+        out = (on_prefix.flatten(2, 3) @ prefix_v).view(q.shape) + on_own @ own_v  # (B, K, n, r, d)
+        return out.transpose(1, 2).reshape(B * self.n, -1, d)
+
+
+@dataclass
+class Prefill(Rows):
+    """Rows that leave their keys and values in a cache, for the prompts named by index."""
+    cache: Cache
+    index: list[int]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for part, x in enumerate((k, v)):
+            x = rows(x, self.count)  # (B, K, S, d)
+            self.cache.prefix[layer, part, self.index, :, :x.shape[2]] = x
+        return super().attend(layer, q, k, v)
+
+
+# ---- the language model ----------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; the layout does the attending."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_width = D // H
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, K * self.head_width)
+        self.v_proj = nn.Linear(D, K * self.head_width)
+        self.o_proj = nn.Linear(D, D, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout, layer: int) -> Tensor:
+        q, k, v = (f(x).unflatten(1, (-1, self.head_width)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        out = layout.attend(layer, rotate(q, rope), rotate(k, rope), v)  # (N, H, d)
+        return self.o_proj(out.flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)  # computes in fp32 inside
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, layout, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, positions: Tensor, layout, recompute: bool = False) -> Tensor:
+        """Embeddings x (N, D), positions (3, N) -> hidden states (N, D). recompute: keep only each layer's input for
+        the backward pass."""
+        rope = rotations(positions, self.config, x.dtype)
+        for i, layer in enumerate(self.layers):
+            if recompute:
+                x = checkpoint(layer, x, rope, layout, i, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rope, layout, i)
+        return self.norm(x)
+
+
+def rotations(positions: Tensor, config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """TMRoPE: cosines and sines (N, 1, d/2) of positions (3, N). Each of the d/2 frequencies turns with one axis: the
+    first section with time, the second with height, the third with width."""
+    d = config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    frequencies = rope["rope_theta"] ** -(torch.arange(0, d, 2, device=positions.device) / d)  # (d/2,)
+    sections = zip(positions, frequencies.split(rope["mrope_section"]))
+    angles = torch.cat([axis[:, None] * part for axis, part in sections], dim=-1)  # (N, d/2)
+    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the pairs (x_i, x_(i + d/2)) of x (N, H, d)."""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rope
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+# ---- from hidden states to tokens ------------------------------------------------------------------------------
+
+def head_logits(hidden: Tensor, head_weight: Tensor, suppressed: Tensor) -> Tensor:
+    """hidden (N, D) -> logits (N, V) in fp32; suppressed ids get -inf and so drop out of every softmax."""
+    return F.linear(hidden, head_weight).float().index_fill(-1, suppressed, -torch.inf)
+
+
+def token_logprobs(hidden: Tensor, head_weight: Tensor, targets: Tensor, suppressed: Tensor,
+                   temperature: float = 1.0, chunk: int = HEAD_TOKENS) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy (nats, without gradient) of N tokens: hidden (N, D), targets (N,) -> (N,), (N,).
+
+    Logits exist for one chunk at a time, in the backward pass too, where they are computed again.
+    """
+    def part(hidden, targets):
+        logp = (head_logits(hidden, head_weight, suppressed) / temperature).log_softmax(-1)  # (chunk, V)
+        entropy = torch.special.entr(logp.detach().exp()).sum(-1)
+        return logp.gather(-1, targets[:, None])[:, 0], entropy
+
+    parts = [checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False)
+             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])
+
+
+def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Keeps the top_k likeliest tokens (0: all), of these the fewest that hold a share of at least top_p."""
+    if top_k == 0 and top_p == 1.0:
+        return probs
+    ranked, order = probs.sort(dim=-1, descending=True)
+    if top_k:
+        ranked[:, top_k:] = 0
+    likelier = ranked.cumsum(-1) - ranked  # mass in front of each token
+    ranked[likelier >= top_p * ranked.sum(-1, keepdim=True)] = 0
+    return torch.zeros_like(probs).scatter(-1, order, ranked)
+
+
+def sample(logits: Tensor, generators: list[torch.Generator], temperature: float, top_k: int, top_p: float) -> Tensor:
+    """One token for each row of logits (B n, V) -> (B n,). Row groups draw from their own prompt's generator."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = truncate((logits / temperature).softmax(-1), top_k, top_p)
+    # A race: token i arrives after Exp(1) / p_i, and is the first with probability p_i. Unlike a multinomial draw it
+    # needs no look at the numbers from the CPU.
+    races = [torch.empty_like(p).exponential_(generator=g) for p, g in zip(probs.chunk(len(generators)), generators)]
+    return (probs / torch.cat(races)).argmax(-1)
+
+
+# ---- the whole -------------------------------------------------------------------------------------------------
+
+class Thinker(nn.Module):
+    """Two frozen towers, the language model and its head, under the names of the released checkpoints.
+
+    gradient_checkpointing: compute each layer again in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: Qwen2_5OmniThinkerConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.audio_tower = Qwen2_5OmniAudioEncoder(config.audio_config).requires_grad_(False)
+        self.visual = Qwen2_5OmniVisionEncoder(config.vision_config).requires_grad_(False)
+        self.model = LanguageModel(config.text_config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.train()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.audio_tower.eval()
+        self.visual.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    @property
+    def suppressed(self) -> Tensor:
+        """Ids that only a prompt may hold: media placeholders and their brackets. Were they sampled, the next forward
+        would look for media that is not there."""
+        names = ("image_token_index", "video_token_index", "audio_token_index", "vision_start_token_id",
+                 "vision_end_token_id", "audio_start_token_id", "audio_end_token_id")
+        ids = {getattr(self.config, name, None) for name in names} - {None}
+        return torch.tensor([i for i in ids if i < self.config.text_config.vocab_size], device=self.device)
+
+    def embed(self, inputs: list) -> list[Prompt]:
+        """Runs each tower once over everything in a list of data.Inputs; without gradient, as the towers are frozen.
+
+        Raises ValueError where placeholders and media disagree in number or a prompt does not end with a text token.
+        """
+        seen, heard = self.see(inputs), self.hear(inputs)
+        prompts = []
+        for i, (item, seen, heard) in enumerate(zip(inputs, seen, heard)):
+            ids = item.ids.to(self.device)
+            is_sound = ids == self.config.audio_token_index
+            is_image = (ids == self.config.image_token_index) | (ids == self.config.video_token_index)
+            slots = (is_image | is_sound).nonzero()[:, 0]  # (M,)
+            for name, mask, found in (("image or video", is_image, seen), ("sound", is_sound, heard)):
+                if mask.sum() != len(found):
+                    raise ValueError(f"prompt {i}: {mask.sum()} {name} placeholders, but {len(found)} {name} features")
+            if (is_image | is_sound)[-1]:
+                raise ValueError(f"prompt {i} ends with a media placeholder; it must end with a text token")
+            media = seen.new_empty(len(slots), self.config.text_config.hidden_size)
+            media[is_image[slots]], media[is_sound[slots]] = seen, heard
+            prompts.append(Prompt(ids, item.positions.to(self.device), slots, media))
+        return prompts
+
+    def see(self, inputs: list) -> list[Tensor]:
+        """Vision features of each prompt, [(tokens, D)]; patches merge by squares, frames by pairs."""
+        given = [x for x in inputs if x.patches is not None]
+        merged = self.config.vision_config.spatial_merge_size ** 2
+        counts = [0 if x.patches is None else len(x.patches) // merged for x in inputs]
+        features = torch.empty(0, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)
+        if given:
+            patches = torch.cat([x.patches for x in given]).to(self.device, self.dtype)
+            grid = torch.cat([x.grid for x in given]).to(self.device)
+            features = self.visual(patches, grid_thw=grid).pooler_output
+        return features.split(counts)
+
+    def hear(self, inputs: list) -> list[Tensor]:
+        """Sound features of each prompt, [(tokens, D)]; a convolution and a pooling halve the mel frames each."""
+        given = [x.mel for x in inputs if x.mel is not None]
+        halved = [0 if x.mel is None else (x.mel.shape[1] + 1) // 2 for x in inputs]
+        features = torch.empty(0, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)
+        if given:
+            frames = torch.tensor([mel.shape[1] for mel in given], device=self.device)
+            mel = torch.cat(given, dim=1).to(self.device, self.dtype)  # (bins, frames of all)
+            features = self.audio_tower(mel, feature_lens=frames, aftercnn_lens=(frames + 1) // 2).last_hidden_state
+        return features.split([count // 2 for count in halved])
+
+    def look_up(self, prompt: Prompt) -> Tensor:
+        """Embeddings (P + 1, D) of a prompt: trained where there is text, tower features elsewhere."""
+        x = self.model.embed_tokens(prompt.ids)
+        return x.index_copy(0, prompt.slots, prompt.media.to(x.dtype))
+
+    def run_rows(self, x: list[Tensor], positions: list[Tensor], layout: Rows) -> Tensor:
+        """Right-pads B sequences, x [(S_b, D)] and positions [(3, S_b)], and runs them -> hidden states (B, S, D)."""
+        x = pad_sequence(x, batch_first=True)  # (B, S, D)
+        positions = pad_sequence([p.T for p in positions], batch_first=True)  # (B, S, 3)
+        hidden = self.model(x.flatten(0, 1), positions.flatten(0, 1).T, layout, self.recompute)
+        return hidden.unflatten(0, (len(x), -1))
+
+    @property
+    def recompute(self) -> bool:
+        return self.gradient_checkpointing and torch.is_grad_enabled()
+
+    # -- three uses ----------------------------------------------------------------------------------------------
+
+    def logits(self, prompt: Prompt) -> Tensor:
+        """Logits (P + 1, V) at every position of one prompt, nothing suppressed: for tests and inspection."""
+        return F.linear(self.run_rows([self.look_up(prompt)], [prompt.positions], Rows(1))[0], self.lm_head.weight)
+
+    def forward(self, prompts: list[Prompt], completions: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy (B, C), nats, of one completion for each of B prompts: supervised training.
+
+        completions: (B, C) int64, right-padded with any ordinary id; what stands there is computed and is yours to
+        mask.
+        """
+        B, C = completions.shape
+        completions = completions.to(self.device)
+        text = self.model.embed_tokens(completions[:, :-1])  # (B, C - 1, D)
+        x = [torch.cat([self.look_up(p), t]) for p, t in zip(prompts, text)]
+        positions = [torch.cat([p.positions[:, :-1], p.row_positions(C)], dim=1) for p in prompts]
+        hidden = self.run_rows(x, positions, Rows(B))  # (B, S, D)
+        hidden = torch.stack([h[len(p.ids) - 1:][:C] for h, p in zip(hidden, prompts)])  # (B, C, D)
+        return self.score(hidden, completions, temperature)
+
+    def logprobs(self, prompt: Prompt, completions: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy (G, C), nats, of G completions of one prompt, whose prefix is computed once.
+
+        completions: (G, C) int64, right-padded as in forward.
+        """
+        (G, C), P = completions.shape, len(prompt.ids) - 1
+        completions = completions.to(self.device)
+        prefix = self.look_up(prompt)[:-1]  # (P, D)
+        own = self.model.embed_tokens(torch.cat([prompt.ids[-1:].expand(G, 1), completions[:, :-1]], dim=1))
+        x = torch.cat([prefix, own.flatten(0, 1)])  # (P + G C, D)
+        positions = torch.cat([prompt.positions[:, :-1], prompt.row_positions(C).repeat(1, G)], dim=1)
+        hidden = self.model(x, positions, SharedPrefix(P, G), self.recompute)
+        return self.score(hidden[P:].unflatten(0, (G, C)), completions, temperature)
+
+    def score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """token_logprobs for hidden (B, C, D) and targets (B, C)."""
+        logp, entropy = token_logprobs(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.suppressed,
+                                       temperature)
+        return logp.view(targets.shape), entropy.view(targets.shape)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[Prompt], n: int, max_new_tokens: int, *, eos_ids: set[int],
+                 temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
+                 seeds: list[int] | None = None) -> list[list[Tensor]]:
+        """Samples n completions of each of B prompts: B lists of n int64 tensors on the CPU, each up to and including
+        its first token of eos_ids, where it has one.
+
+        temperature 0 takes the likeliest token. seeds: one per prompt; a prompt's samples depend on nothing else in
+        the batch. None draws them from torch's global generator.
+        """
+        seeds = torch.randint(2 ** 62, (len(prompts),)).tolist() if seeds is None else seeds
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        cache = self.prefill(prompts, n, max_new_tokens)
+        suppressed, eos = self.suppressed, torch.tensor(sorted(eos_ids), device=self.device)
+        positions = torch.stack([p.row_positions(max_new_tokens) for p in prompts], dim=1)  # (3, B, C)
+        positions = positions.repeat_interleave(n, dim=1)  # (3, B n, C)
+        tokens = torch.stack([p.ids[-1] for p in prompts]).repeat_interleave(n)  # (B n,)
+        ended, drawn = torch.zeros_like(tokens, dtype=torch.bool), []
+        while len(drawn) < max_new_tokens:
+            hidden = self.model(self.model.embed_tokens(tokens), positions[:, :, cache.length], cache)  # (B n, D)
+            cache.length += 1
+            logits = head_logits(hidden, self.lm_head.weight, suppressed)  # (B n, V)
+            tokens = sample(logits, generators, temperature, top_k, top_p)
+            drawn.append(tokens)
+            ended |= torch.isin(tokens, eos)
+            if len(drawn) % FINISH_CHECK == 0 and ended.all():  # the only wait for the device in this loop
+                break
+        drawn = torch.stack(drawn, dim=1).cpu()  # (B n, C)
+        completions = [row[:first_end(row.tolist(), eos_ids)] for row in drawn]
+        return [completions[i:i + n] for i in range(0, len(completions), n)]
+
+    def prefill(self, prompts: list[Prompt], n: int, room: int) -> Cache:
+        """Computes every prompt's prefix once, similar lengths together."""
+        lengths = [len(p.ids) - 1 for p in prompts]
+        cache = Cache(lengths, n, room, self.config.text_config, like=self.look_up(prompts[0]))
+        for index in prefill_batches(lengths):
+            x = [self.look_up(prompts[i])[:-1] for i in index]
+            positions = [prompts[i].positions[:, :-1] for i in index]
+            self.run_rows(x, positions, Prefill(len(index), cache, index))
+        return cache
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> "Thinker":
+        """Reads a Qwen2.5-Omni directory (of which the Thinker is taken) or a Thinker-only one.
+
+        Every tensor is copied straight to its place, so at no time do two copies of the model exist.
+        Raises FileNotFoundError or ValueError naming the path and what was expected there.
+        """
+        path = Path(path)
+        with torch.device("meta"):
+            model = cls(read_config(path))
+        # Two buffers are computed, not stored: made of nothing above, they are built again for real.
+        rotary, sinusoids = model.visual.rotary_pos_emb, model.audio_tower.positional_embedding
+        model.visual.rotary_pos_emb = type(rotary)(model.visual.config).to(device)
+        model.audio_tower.positional_embedding = type(sinusoids)(sinusoids.length, sinusoids.channels).to(device)
+        for shard in read_shards(path, dtype, device):
+            unexpected = model.load_state_dict(shard, strict=False, assign=True).unexpected_keys
+            if unexpected:
+                raise ValueError(f"{path} holds a weight that a Thinker does not have: {unexpected[0]}")
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if missing:
+            raise ValueError(f"{path} lacks {len(missing)} of the Thinker's weights, the first is {missing[0]}")
+        return model
+
+    def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None,
+                        max_shard_size: str = "5GB") -> None:
+        """Writes a Thinker-only directory that from_pretrained, here and in transformers, reads.
+        state_dict: whole tensors, where the model's own are sharded."""
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        if self.config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        Path(path).mkdir(parents=True, exist_ok=True)
+        self.config.architectures = ["Qwen2_5OmniThinkerForConditionalGeneration"]
+        self.config.save_pretrained(path)
+        save_torch_state_dict(state, path, max_shard_size=max_shard_size)
+
+
+def first_end(row: list[int], eos_ids: set[int]) -> int:
+    """Length of a completion up to and including its first end token."""
+    return next((i + 1 for i, token in enumerate(row) if token in eos_ids), len(row))
+
+
+def prefill_batches(lengths: list[int]) -> list[list[int]]:
+    """Groups prompts by length, so that no padded batch exceeds PREFILL_TOKENS (a single longer prompt may)."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):  # ascending: i is the longest of its batch
+        if batches and lengths[i] * (len(batches[-1]) + 1) <= PREFILL_TOKENS:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def read_config(path: Path) -> Qwen2_5OmniThinkerConfig:
+    """The Thinker's part of config.json; old spellings of the rotary settings are translated by transformers."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no directory; get the weights with: "
+                                f"hf download Qwen/Qwen2.5-Omni-7B --local-dir {path}")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} holds no config.json; expected a Qwen2.5-Omni or Thinker checkpoint")
+    config = json.loads((path / "config.json").read_text())
+    config = config.get("thinker_config", config)
+    if config.get("model_type") != "qwen2_5_omni_thinker":
+        raise ValueError(f"{path}/config.json describes a {config.get('model_type')} model; expected qwen2_5_omni with "
+                         f"a thinker_config, or qwen2_5_omni_thinker")
+    return Qwen2_5OmniThinkerConfig.from_dict(config)
+
+
+def read_shards(path: Path, dtype: torch.dtype, device) -> Iterator[dict[str, Tensor]]:
+    """The Thinker's weights, file by file, without the prefix "thinker."; the full model's other parts are left out."""
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if not index.is_file() and not single.is_file():
+        raise FileNotFoundError(f"{path} holds no weights; expected {single.name}, or {index.name} and its shards")
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [single.name]
+    for file in files:
+        if not (path / file).is_file():
+            raise FileNotFoundError(f"{path / file} is missing, though {index.name} names it: incomplete download?")
+        with safe_open(path / file, framework="pt") as shard:  # maps the file; copy=True lets go of the mapping
+            yield {name.removeprefix("thinker."): shard.get_tensor(name).to(device, dtype, copy=True)
+                   for name in shard.keys() if not name.startswith(("talker.", "token2wav."))}
