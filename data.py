@@ -78,23 +78,31 @@ class Clip:
 def open_video(path):
     """Frames and fps of a video file (decord) or of a folder of numbered pictures (presented at 2 fps).
 
-    Raises FileNotFoundError for a missing path, ValueError for one that holds no readable frames.
+    Raises FileNotFoundError for a missing path, ValueError for one that holds no readable frames. Later frames are
+    read on demand: one that cannot be decoded raises ValueError then.
     """
     if os.path.isdir(path):
-        names = sorted(n for n in os.listdir(path) if n.lower().endswith((".jpg", ".jpeg", ".png")))
+        names = [n for n in os.listdir(path) if n.lower().endswith((".jpg", ".jpeg", ".png"))]
+        names.sort(key=lambda n: ([int(digits) for digits in re.findall(r"\d+", n)], n))         # 2.png before 10.png
         if not names:
             raise ValueError(f"no .jpg or .png frames in folder: {path}")
         return Frames(lambda name: read_image(os.path.join(path, name)), names), FPS
     if not os.path.exists(path):
         raise FileNotFoundError(f"no such video file or folder of frames: {path}")
     import decord                        # only needed for video files; loads ffmpeg
+
+    def read(t):
+        try:
+            return Image.fromarray(video[t].asnumpy())
+        except (decord.DECORDError, RuntimeError, IndexError) as error:
+            raise ValueError(f"cannot read video: {path} ({_first_line(error)})") from None
+
     try:
         video = decord.VideoReader(path)
-        frames = Frames(lambda t: Image.fromarray(video[t].asnumpy()), range(len(video)))
-        frames[0]
-        return frames, float(video.get_avg_fps())
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
-        raise ValueError(f"cannot read video: {path} ({str(error).strip().splitlines()[0]})") from None
+    except (decord.DECORDError, RuntimeError) as error:
+        raise ValueError(f"cannot read video: {path} ({_first_line(error)})") from None
+    read(0)
+    return Frames(read, range(len(video))), float(video.get_avg_fps())
 
 
 def read_image(path):
@@ -106,16 +114,19 @@ def read_image(path):
 
 
 def read_sound(path):
-    """Mono float32 sound at 16 kHz of a wav file, or of a video file's soundtrack (None if it has none)."""
+    """Mono float32 sound at 16 kHz of a wav file, or of a video file's soundtrack (None if it has none).
+
+    Raises ValueError naming a file that is missing or cannot be decoded."""
     if not path.lower().endswith(".wav"):
         return _sound_of_video(path)
     try:
         rate, sound = wavfile.read(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read sound: {path} ({error})") from None
-    if sound.dtype.kind in "iu":         # 8-bit wav is unsigned around 128, the others are signed
-        info = np.iinfo(sound.dtype)
-        sound = (sound.astype(np.float32) - (128 if info.min == 0 else 0)) / (info.max // 2 + 1 if info.min == 0 else -float(info.min))
+    except Exception as error:           # scipy trips over malformed files in many ways, not only by ValueError
+        raise ValueError(f"cannot read sound: {path} ({_first_line(error)})") from None
+    if sound.dtype == np.uint8:          # 8-bit wav is unsigned around 128, the other whole numbers are signed
+        sound = (sound.astype(np.float32) - 128) / 128
+    elif sound.dtype.kind == "i":
+        sound = sound / -float(np.iinfo(sound.dtype).min)
     if sound.ndim == 2:
         sound = sound.mean(axis=1)
     common = math.gcd(rate, SAMPLE_RATE)
@@ -126,8 +137,14 @@ def _sound_of_video(path):
     import decord
     try:
         return decord.AudioReader(path, sample_rate=SAMPLE_RATE, mono=True)[:].asnumpy()[0].astype(np.float32)
-    except (decord.DECORDError, RuntimeError):
-        return None
+    except (decord.DECORDError, RuntimeError) as error:
+        if "find audio stream" in str(error):
+            return None
+        raise ValueError(f"cannot read sound: {path} ({_first_line(error)})") from None
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,11 +279,11 @@ def toy_queries(scene):
             found.append(("referring", f"the {thing.shape}", i))
     first = np.where(seen.any(1), seen.argmax(1), T)                             # first and last frame of each thing
     last = np.where(seen.any(1), T - 1 - seen[:, ::-1].argmax(1), -1)
+    grown = np.array([thing.radius[b] - thing.radius[min(a, T - 1)] for thing, a, b in zip(things, first, last)])    # while seen
     for query, score in (("the object that enters last", first), ("the object that leaves first", -last),
                          ("the object that moves fastest", [thing.speed / 2 for thing in things]),
                          ("the object that stays longest", seen.sum(1)),
-                         ("the object that grows", [2 * (thing.growth > 0) for thing in things]),
-                         ("the object that shrinks", [2 * (thing.growth < 0) for thing in things])):
+                         ("the object that grows", 2 * (grown >= 1)), ("the object that shrinks", 2 * (grown <= -1))):
         order = np.argsort(score)
         if score[order[-1]] - score[order[-2]] >= 1 and score[order[-1]] != 0:   # a clear winner
             found.append(("reasoning", query, int(order[-1])))
@@ -274,7 +291,7 @@ def toy_queries(scene):
         found.append(("sound", "the object that makes the sound", scene.sounding))
     else:
         found.append(("null", "the object that makes the sound", None))
-    names = {thing.name for thing in things}
+    names = {thing.name for thing in things} | {f"{c} {s}" for c, s in UNSEEN_PAIRS}      # no training that these never exist
     found += [("null", f"the {c} {s}", None) for c in COLOURS for s in SHAPES if f"{c} {s}" not in names][:: 3]
     return [(kind, query, i) for kind, query, i in found if i is None or seen[i].any()]
 
@@ -324,7 +341,8 @@ NULL = "null"          # the agreed way, in every task, to say that there is no 
 
 def format_time(seconds):
     """"mm:ss.ff" of a time in seconds."""
-    return f"{int(seconds // 60):02d}:{seconds % 60:05.2f}"
+    minutes, hundredths = divmod(round(seconds * 100), 6000)                     # rounded first: no "00:60.00"
+    return f"{minutes:02d}:{hundredths / 100:05.2f}"
 
 
 def plain(text):
@@ -377,7 +395,10 @@ class Processor:
         from transformers import AutoTokenizer, WhisperFeatureExtractor
         self.path = path
         vision, config = _json(path, "preprocessor_config.json"), _json(path, "config.json")
-        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the tokenizer of policy directory: {path} ({_first_line(error)})") from None
         self.features = WhisperFeatureExtractor.from_pretrained(path, local_files_only=True)
         config = config.get("thinker_config", config)
         self.patch, self.merge, self.pair = (vision[k] for k in ("patch_size", "merge_size", "temporal_patch_size"))
@@ -411,7 +432,7 @@ class Processor:
 
     def _resized(self, size, tokens):
         """(height, width) of a (width, height) picture: multiples of one token's side, at most `tokens` of them, aspect
-        ratio kept as well as that allows. Pictures are never enlarged."""
+        ratio kept as well as that allows. Pictures are never enlarged beyond the nearest multiple."""
         side = self.patch * self.merge
         width, height = size
         shrink = min(1.0, math.sqrt(tokens * side * side / (width * height)))
@@ -430,10 +451,11 @@ class Processor:
         return x.reshape(t * h * w, 3 * n * p * p), torch.tensor([[t, h, w]])
 
     def _mel(self, sound):
-        """Log-mel spectrogram (bins, mel frames) of a 16 kHz sound; the silence appended keeps the last frames' windows whole."""
+        """Log-mel spectrogram (bins, mel frames) of a 16 kHz sound, padded with one window of silence, in whole hops, on the
+        side where transformers pads with minutes of it."""
         out = self.features(sound, sampling_rate=SAMPLE_RATE, padding="max_length", max_length=len(sound) + self.features.n_fft,
-                            return_attention_mask=True, return_tensors="pt")
-        return out["input_features"][0][:, :int(out["attention_mask"][0].sum())]
+                            pad_to_multiple_of=self.features.hop_length, return_attention_mask=True, return_tensors="pt")
+        return out["input_features"][0][:, out["attention_mask"][0].bool()]
 
     def _inputs(self, messages, pixels, seconds, mel):
         """Inputs of text, one image or video, text; `seconds` is the time that a temporal patch lasts."""
