@@ -174,7 +174,8 @@ def reward_terms(clip, text, boxes, tracked):
 
 def total_rewards(terms, lengths, settings):
     """(G,) rewards of a group from its terms: format + the weighted accuracy terms (+ length control)."""
-    weights = dict(keyframe=settings.keyframe, saliency=settings.saliency, alignment=settings.alignment, consistency=settings.consistency)
+    weights = dict(keyframe=settings.keyframe, saliency=settings.saliency, alignment=settings.alignment,
+                   consistency=settings.consistency)
     accuracy = np.array([combine(t, weights, settings.clip_reward) for t in terms])
     bonus = length_bonus(accuracy, lengths) if settings.length_control else 0.0
     return np.array([t["format"] for t in terms]) + accuracy + bonus

@@ -1,0 +1,419 @@
+"""System 2: boxes on keyframes (a frozen Thinker), masks on every frame (SAM2), and both as a program.
+
+    python segment.py --video V --query Q --policy DIR --sam2_weights FILE --out DIR
+
+    keyframes {t: description} -- ground --> {t: boxes} -- Tracker --> masks [T, H, W]
+
+As a program it runs both systems on one video, a file or a folder of frames; without arguments it makes a toy clip and uses
+the toy weights.
+"""
+import argparse
+import json
+import os
+import pickle
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import hydra
+import numpy as np
+import sam2
+import torch
+import torch.nn.functional as F
+import yaml
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image, ImageDraw
+from sam2.modeling.sam2_utils import get_1d_sine_pe
+
+from data import Clip, Processor, answer_text, global_prompt, grounding_prompt, keyframes, open_video, parse_boxes, parse_moments, \
+    read_sound, toy_clip
+from model import Thinker
+
+HERE = Path(__file__).parent
+TOY_POLICY, TOY_SAM2 = str(HERE / "toy/policy"), str(HERE / "toy/sam2/model.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grounding: descriptions of keyframes -> boxes
+# ---------------------------------------------------------------------------------------------------------------------
+def ground(thinker, processor, clips, chosen, max_new_tokens=128):
+    """Boxes of what each completion described on its keyframes; all clips and completions in one ragged batch, and what is
+    asked twice of the same frame is grounded once.
+
+    chosen  for each of B clips a list over completions of {frame: description}.
+    Returns the same with boxes in place of descriptions: {frame: [(x1, y1, x2, y2) in source pixels]}.
+    """
+    wanted = list(dict.fromkeys((i, t, what) for i, group in enumerate(chosen)
+                                for frames in group for t, what in frames.items()))
+    if not wanted:
+        return [[{} for _ in group] for group in chosen]
+    inputs = [processor.image_inputs(grounding_prompt(what), clips[i].frames[t]) for i, t, what in wanted]
+    answers = thinker.generate(thinker.embed(inputs), 1, max_new_tokens, eos_ids=processor.eos_ids, temperature=0.0)
+    found = {key: [to_source(box, x.scale, clips[key[0]].size) for box in parse_boxes(processor.decode(ids))]
+             for key, x, (ids,) in zip(wanted, inputs, answers)}
+    return [[{t: found[i, t, what] for t, what in frames.items()} for frames in group] for i, group in enumerate(chosen)]
+
+
+def to_source(box, scale, size):
+    """A box in pixels of the resized picture -> source pixels, inside the (H, W) picture."""
+    limits = (size[1] - 1, size[0] - 1) * 2
+    return tuple(min(max(value * s, 0.0), limit) for value, s, limit in zip(box, scale * 2, limits))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAM2: boxes on keyframes -> masks on every frame
+# ---------------------------------------------------------------------------------------------------------------------
+# Letters: N objects of a call, n of a batch, T frames, H W pixels of the source, S side of the square picture SAM2 sees,
+# h w = S / 4, L = (S / 16)^2 places, D width of the features, M width of the memory, k = D / M tokens of a pointer.
+
+BATCH = 32     # objects of one step; at S = 1024 each attends from 4096 places to some 29 thousand memory tokens
+AHEAD = 8      # frames encoded at once
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# What SAM2's own video predictor adds to its configs; a config that says otherwise is taken at its word. Its hole filler
+# is left out: it needs a compiled extension.
+PREDICTOR = {"binarize_mask_from_pts_for_mem_enc": True,
+             "sam_mask_decoder_extra_args": {"dynamic_multimask_via_stability": True,
+                                             "dynamic_multimask_stability_delta": 0.05,
+                                             "dynamic_multimask_stability_thresh": 0.98}}
+# The options of every SAM 2.1 model that decide what a frame attends to. `Memory` and `_attend` know no others.
+SAM21 = {"directly_add_no_mem_embed": True, "use_high_res_features_in_sam": True, "use_obj_ptrs_in_encoder": True,
+         "add_tpos_enc_to_obj_ptrs": True, "proj_tpos_enc_in_obj_ptrs": True, "use_signed_tpos_enc_to_obj_ptrs": True,
+         "only_obj_ptrs_in_the_past_for_eval": True, "max_cond_frames_in_attn": -1,
+         "memory_temporal_stride_for_eval": 1, "non_overlap_masks_for_mem_enc": False}
+
+
+class Seen(NamedTuple):
+    """What SAM2 makes of n objects, each on one frame."""
+    logits: torch.Tensor     # [n, h, w] of the mask; -1024 everywhere if the object is not seen
+    score: torch.Tensor      # [n] positive if the object is seen
+    map: torch.Tensor        # [n, L, M] memory of the frame and the mask on it
+    pointer: torch.Tensor    # [n, k, M] memory of what the object is
+
+
+@dataclass
+class Memory:
+    """What is kept of one object, by frame."""
+    prompted: dict = field(default_factory=dict)     # t: (map, pointer), kept for good, also while t is still to come
+    maps: dict = field(default_factory=dict)         # t: map of a tracked frame, the last few
+    pointers: dict = field(default_factory=dict)     # t: pointer of a tracked frame, the last few more
+
+    def recall(self, t, maps, pointers):
+        """What frame t attends to: [(frames ago, map)], [(frames ago, pointer)]. Forgets frames not less than `maps`
+        and `pointers` ago. The maps of prompted frames carry no time, 0; their pointers count once t is past them."""
+        self.maps = {s: m for s, m in self.maps.items() if t - s < maps}
+        self.pointers = {s: p for s, p in self.pointers.items() if t - s < pointers}
+        return ([(0, m) for m, _ in self.prompted.values()] + [(t - s, m) for s, m in self.maps.items()],
+                [(t - s, p) for s, (_, p) in self.prompted.items() if s <= t] + [(t - s, p) for s, p in self.pointers.items()])
+
+
+class Tracker:
+    """SAM2, frozen: boxes on keyframes -> masks on every frame (method.md 1).
+
+    Its own video predictor tracks one object after the other; here all of them share one batch and every frame is
+    encoded once, with the same result. All methods but `track` let gradients through.
+    """
+
+    def __init__(self, model):
+        """model  a SAM2Base in evaluation mode. Raises ValueError if it is not of the SAM 2.1 kind."""
+        other = [name for name, value in SAM21.items() if getattr(model, name) != value]
+        if other:
+            raise ValueError(f"not a SAM 2.1 model, it differs in: {', '.join(other)}")
+        self.model, self.side = model, model.image_size
+        places = torch.empty(1, 1, *model.sam_prompt_encoder.image_embedding_size, device=model.device)
+        self.top_place = model.image_encoder.neck.position_encoding(places).flatten(2).permute(2, 0, 1)     # [L, 1, D]
+        self.map_place = model.memory_encoder.position_encoding(places).flatten(2).mT                       # [1, L, M]
+
+    @classmethod
+    def from_pretrained(cls, config, weights, device="cpu"):
+        """config  a yaml file, or the name of one inside the package sam2, such as sam2.1_hiera_l.
+        weights  file {"model": state_dict} as published. Raises FileNotFoundError or ValueError naming the file."""
+        model = build_sam2(config)
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"no such file of SAM2 weights: {weights}")
+        try:
+            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
+        except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"not the SAM2 weights of config {config}: {weights} ({_one_line(error)})") from None
+        return cls(model.to(device))
+
+    # -- one call, start to end ---------------------------------------------------------------------------------------
+    @torch.inference_mode()
+    def track(self, frames, objects):
+        """Masks of N objects on all T frames, bool array [N, T, H, W] at source size; objects may overlap.
+
+        frames  T pictures of one size, read as they are needed.
+        objects  N dicts {frame index: (x1, y1, x2, y2) in source pixels}, at least one box each. ValueError if not.
+        """
+        T, (W, H) = len(frames), frames[0].size
+        for n, boxes in enumerate(objects):
+            if not boxes or not all(0 <= t < T for t in boxes):
+                raise ValueError(f"object {n} needs boxes on frames 0 to {T - 1}, not on {sorted(boxes)}")
+        masks = np.zeros((len(objects), T, H, W), bool)
+        if not objects:
+            return masks
+        scale = np.array([self.side / W, self.side / H] * 2)
+        scaled = [{t: box * scale for t, box in boxes.items()} for boxes in objects]
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.device.type == "cuda"):
+            look = Lookout(self, frames, sorted({t for boxes in objects for t in boxes}))
+            for t, (logits, _) in enumerate(self.run(look, scaled, T)):
+                full = F.interpolate(logits[:, None], (H, W), mode="bilinear")                 # [N, 1, H, W]
+                masks[:, t] = (full[:, 0] > 0).cpu().numpy()                                   # waits for the device
+        return masks
+
+    def run(self, look, objects, T):
+        """Yields (logits [N, h, w], scores [N]) of frames 0 ... T - 1.
+
+        look(objects, frames)  features of n (object, frame) pairs: three levels [n, C, s, s], s = S / 4, S / 8, S / 16.
+        objects  N dicts {frame index: box in pixels of the square picture}.
+        """
+        memories, answers = [Memory() for _ in objects], {}
+        # 1. Prompted frames, each on its own, as if it were a still.
+        for pairs in _parts([(n, t) for n, boxes in enumerate(objects) for t in boxes], BATCH):
+            seen = self.prompt(look(*zip(*pairs)), torch.tensor(np.array([objects[n][t] for n, t in pairs])))
+            for (n, t), logits, score, *memory in zip(pairs, *seen):
+                answers[n, t] = logits, score
+                memories[n].prompted[t] = memory
+        # 2. Everything else in time's order, with the prompted frames as memory, those to come included.
+        for t in range(T):
+            for rows in _parts([n for n, boxes in enumerate(objects) if t not in boxes], BATCH):
+                seen = self.follow(look(rows, [t] * len(rows)), [memories[n] for n in rows], t, T)
+                for n, logits, score, *memory in zip(rows, *seen):
+                    answers[n, t] = logits, score
+                    memories[n].maps[t], memories[n].pointers[t] = memory
+            logits, scores = zip(*(answers.pop((n, t)) for n in range(len(objects))))
+            yield torch.stack(logits), torch.stack(scores)
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+    def encode(self, pictures):
+        """Features of B pictures [B, 3, S, S], normalised: three levels [B, C, s, s]."""
+        return self.model.forward_image(pictures)["backbone_fpn"]
+
+    def prompt(self, features, boxes):
+        """Seen: n objects in n pictures, by their boxes [n, 4] alone."""
+        points = {"point_coords": boxes.to(self.model.device, torch.float32).view(-1, 2, 2),
+                  "point_labels": torch.tensor([[2, 3]], device=self.model.device).repeat(len(boxes), 1)}    # two corners
+        return self._decode(features, features[-1] + self.model.no_mem_embed.view(1, -1, 1, 1), points)
+
+    def follow(self, features, memories, t, T):
+        """Seen: n objects on frame t of T, by their n memories."""
+        return self._decode(features, self._attend(features[-1], memories, t, T))
+
+    def _attend(self, top, memories, t, T):
+        """The top features [n, D, s, s] after they have attended to what each object's memory holds.
+
+        SAM2's attention takes no mask, so objects that recall equally much form one batch: prompted once each, they
+        differ in whether that frame is to come, recent or long past, which makes four batches at most."""
+        span = self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder
+        recalled = [memory.recall(t, *span) for memory in memories]
+        amounts = [(len(maps), len(pointers)) for maps, pointers in recalled]
+        mixed = torch.empty_like(top, dtype=torch.float32)
+        for amount in sorted(set(amounts)):
+            rows = [i for i, a in enumerate(amounts) if a == amount]
+            tokens, places = self._tokens([recalled[i] for i in rows], min(T, span[1]))        # [n, S L + R k, M] both
+            attended = self.model.memory_attention(
+                curr=top[rows].flatten(2).permute(2, 0, 1), curr_pos=self.top_place,           # [L, n, D] and [L, 1, D]
+                memory=tokens.transpose(0, 1), memory_pos=places.transpose(0, 1),
+                num_obj_ptr_tokens=tokens.shape[1] - amount[0] * self.map_place.shape[1])
+            mixed[rows] = attended.permute(1, 2, 0).unflatten(2, top.shape[2:]).float()
+        return mixed
+
+    def _tokens(self, recalled, span):
+        """Memory tokens of n objects, S maps and then R pointers each, and their codes of place or time."""
+        tokens = torch.stack([torch.cat([token for _, token in maps + pointers]) for maps, pointers in recalled])
+        map_ago, ago = (torch.tensor([[ago for ago, _ in kind] for kind in kinds], device=tokens.device)
+                        for kinds in zip(*recalled))                                           # [n, S], [n, R]
+        map_code = self.map_place[:, None] + self.model.maskmem_tpos_enc[map_ago - 1].squeeze(2)    # 0 ago: the last code
+        code = self.model.obj_ptr_tpos_proj(get_1d_sine_pe(ago / (span - 1), self.model.hidden_dim))            # [n, R, M]
+        code = code.repeat_interleave(self.model.hidden_dim // self.model.mem_dim, dim=1)      # [n, R k, M]
+        return tokens, torch.cat([map_code.flatten(1, 2), code], dim=1)
+
+    def _decode(self, features, top, points=None):
+        """Masks and scores from features of which the top level is `top`, and the memory they leave behind."""
+        model, (fine, middle, raw) = self.model, features
+        *_, logits, full, pointer, score = model._forward_sam_heads(
+            top, points, high_res_features=[fine, middle], multimask_output=model._use_multimask(points is not None, points))
+        memory, _ = model._encode_new_memory([raw.flatten(2).permute(2, 0, 1)], [raw.shape[2:]], full, score,
+                                             is_mask_from_pts=points is not None)              # [n, M, S / 16, S / 16]
+        return Seen(logits[:, 0], score[:, 0], memory.flatten(2).mT, pointer.view(len(raw), -1, model.mem_dim))
+
+
+class Lookout:
+    """Features of a video's frames, each encoded once: keyframes are kept, others made in passing, a few at a time."""
+
+    def __init__(self, tracker, frames, keyframes):
+        self.tracker, self.frames, self.kept, self.near = tracker, frames, {}, {}
+        for part in _parts(keyframes, AHEAD):
+            self.kept |= self._encode(part)
+
+    def __call__(self, objects, times):
+        """Levels [n, C, s, s] of n frames; frames that were not kept have to be asked for in time's order."""
+        for t in times:
+            if t not in self.kept and t not in self.near:
+                coming = range(t, min(t + AHEAD, len(self.frames)))
+                self.near = self._encode([s for s in coming if s not in self.kept])
+        return [torch.stack(level) for level in zip(*(self.kept.get(t) or self.near[t] for t in times))]
+
+    def _encode(self, times):
+        pictures = torch.stack([square_picture(self.frames[t], self.tracker.side) for t in times])
+        return dict(zip(times, zip(*self.tracker.encode(pictures.to(self.tracker.model.device)))))
+
+
+def square_picture(image, side):
+    """RGB PIL image -> what SAM2 sees of it, [3, side, side] float, normalised."""
+    pixels = torch.from_numpy(np.array(image.resize((side, side)))).permute(2, 0, 1) / 255
+    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def _parts(items, size):
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def build_sam2(config):
+    """The model of a SAM2 config (see Tracker.from_pretrained), random weights, evaluation mode."""
+    package = Path(sam2.__file__).parent
+    found = [p for p in (Path(config), package / config, package / f"configs/sam2.1/{config}.yaml") if p.is_file()]
+    if not found:
+        known = ", ".join(sorted(p.stem for p in package.glob("configs/sam2.1/*.yaml")))
+        raise FileNotFoundError(f"no such SAM2 config: {config} (a yaml file, or one of: {known})")
+    try:
+        settings = OmegaConf.merge(PREDICTOR, OmegaConf.load(found[0]).model)
+        settings["_target_"] = "sam2.sam2_video_predictor.SAM2VideoPredictor"
+        return hydra.utils.instantiate(settings).eval()
+    except (yaml.YAMLError, OmegaConfBaseException, HydraException, ValueError) as error:
+        raise ValueError(f"not a SAM2 config, a yaml with the key model: {found[0]} ({_one_line(error)})") from None
+
+
+def _one_line(error, most=160):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
+def find_config(weights):
+    """The config that goes with a file of weights: the config.yaml beside it, else the one its published name tells
+    (sam2.1_hiera_large.pt -> sam2.1_hiera_l)."""
+    beside = Path(weights).parent / "config.yaml"
+    if beside.is_file():
+        return str(beside)
+    name = Path(weights).stem
+    for long, short in (("_tiny", "_t"), ("_small", "_s"), ("_base_plus", "_b+"), ("_large", "_l")):
+        name = name.removesuffix(long) + short if name.endswith(long) else name
+    return name
+
+
+def track_group(tracker, clip, boxes):
+    """Masks of each of G completions: [bool [T, H, W]], the union over its boxes.
+
+    boxes  G dicts {frame: [boxes]}. Every box is an object of its own, prompted on its frame (method.md, 1); a box that
+    several completions share is tracked once.
+    """
+    objects = list(dict.fromkeys((t, box) for found in boxes for t, many in found.items() for box in many))
+    masks = tracker.track(clip.frames, [{t: box} for t, box in objects])                       # [N, T, H, W]
+    row = {key: n for n, key in enumerate(objects)}
+    return [masks[[row[t, box] for t, many in found.items() for box in many]].any(0) for found in boxes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both systems on one clip
+# ---------------------------------------------------------------------------------------------------------------------
+def answer(policy, processor, clips, max_new_tokens=1024):
+    """System 1's greedy answers to B clips as it sees them -> texts."""
+    inputs = [processor.video_inputs(global_prompt(clip), clip.frames, clip.fps, clip.sound) for clip in clips]
+    rows = policy.generate(policy.embed(inputs), 1, max_new_tokens, eos_ids=processor.eos_ids, temperature=0.0)
+    return [processor.decode(ids) for (ids,) in rows]
+
+
+def segment(policy, system2, processor, tracker, clips, max_new_tokens=1024):
+    """Segments B clips: System 1 sees at most 24 frames of each, SAM2 runs over all of them.
+
+    Returns for each clip (text, {source frame: description}, {source frame: boxes}, masks bool [T, H, W])."""
+    seen = [clip.sampled() for clip in clips]
+    texts = answer(policy, processor, [view for view, _ in seen], max_new_tokens)
+    chosen = [{indices[t]: what for t, what in keyframes(parse_moments(text, len(indices), view.fps)).items()}
+              for text, (view, indices) in zip(texts, seen)]
+    boxes = [found for found, in ground(system2, processor, clips, [[frames] for frames in chosen])]
+    return [(text, frames, found, track_group(tracker, clip, [found])[0])
+            for text, frames, found, clip in zip(texts, chosen, boxes, clips)]
+
+
+def overlay(picture, mask, boxes=()):
+    """RGB PIL picture with the mask in red, its outline and the given boxes drawn in."""
+    pixels = np.array(picture).astype(np.float32)
+    pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array([255, 40, 40])
+    edge = mask & ~(np.roll(mask, 1, 0) & np.roll(mask, -1, 0) & np.roll(mask, 1, 1) & np.roll(mask, -1, 1))
+    pixels[edge] = (255, 255, 255)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for box in boxes:
+        draw.rectangle(box, outline=(60, 255, 60), width=max(1, image.width // 200))
+    return image
+
+
+def write_result(out, clip, text, chosen, boxes, masks):
+    """masks/00000.png ... at source size, overlay.webp (animated), answer.json."""
+    os.makedirs(os.path.join(out, "masks"), exist_ok=True)
+    pictures = []
+    for t, mask in enumerate(masks):
+        Image.fromarray(mask.astype(np.uint8) * 255).save(os.path.join(out, "masks", f"{t:05d}.png"))
+        picture = overlay(clip.frames[t], mask, boxes.get(t, ()))
+        picture.thumbnail((640, 640))
+        pictures.append(picture)
+    pictures[0].save(os.path.join(out, "overlay.webp"), save_all=True, append_images=pictures[1:], loop=0,
+                     duration=round(1000 / clip.fps))
+    found = [dict(frame=t, time=t / clip.fps, description=what, boxes=boxes[t]) for t, what in chosen.items()]
+    reasoning = text.partition("<think>")[2].partition("</think>")[0]
+    with open(os.path.join(out, "answer.json"), "w") as file:
+        json.dump(dict(clip=clip.name, query=clip.query, reasoning=reasoning, answer=answer_text(text), text=text,
+                       keyframes=found), file, indent=1)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", help="video file or folder of frames; without it a toy clip is made")
+    parser.add_argument("--query", help="what to segment")
+    parser.add_argument("--sound", help="wav file; by default the video's own soundtrack")
+    parser.add_argument("--index", type=int, default=0, help="which toy clip, where no video is given")
+    parser.add_argument("--policy", default=TOY_POLICY, help="directory of a Thinker, or of a full Qwen2.5-Omni")
+    parser.add_argument("--sam2", help="config, a yaml file or a name inside the package sam2; by default told by the weights' name")
+    parser.add_argument("--sam2_weights", default=TOY_SAM2)
+    parser.add_argument("--out", default="out/segment")
+    parser.add_argument("--max_new_tokens", type=int, default=1024)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    a = parser.parse_args(arguments)
+    if a.video and not a.query:
+        parser.error("--video needs a --query")
+    try:
+        clip = toy_clip("test", a.index) if a.video is None else video_clip(a.video, a.query, a.sound)
+        if a.query:
+            clip.query = a.query
+        dtype = torch.bfloat16 if a.device.startswith("cuda") else torch.float32
+        processor, policy = Processor(a.policy), Thinker.from_pretrained(a.policy, dtype, a.device)
+        tracker = Tracker.from_pretrained(a.sam2 or find_config(a.sam2_weights), a.sam2_weights, a.device)
+        (text, chosen, boxes, masks), = segment(policy, policy, processor, tracker, [clip], a.max_new_tokens)
+        write_result(a.out, clip, text, chosen, boxes, masks)
+    except (OSError, ValueError) as error:
+        sys.exit(fail(error))
+    print(f"query: {clip.query}\n{text}\nboxes: {boxes}\nwritten: {a.out}/answer.json, overlay.webp and {len(masks)} masks of "
+          f"{masks.shape[2]} x {masks.shape[1]} pixels, {masks.any((1, 2)).sum()} of them not empty")
+
+
+def video_clip(path, query, sound):
+    """The clip of a video file or a folder of frames, with the sound of a wav file or else of the video."""
+    frames, fps = open_video(path)
+    if sound is None and os.path.isfile(path):
+        heard = read_sound(path)
+    else:
+        heard = None if sound is None else read_sound(sound)
+    return Clip(path, frames, query, fps, heard)
+
+
+def fail(error):
+    """One line on stderr; the exit code of a program that was asked for what cannot be done."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Trains System 1 by GRPO. One process, one GPU, eight, two nodes:
+
+    python train.py                                             # the toy world, CPU or GPU
+    python train.py --policy QWEN_DIR --sam2_weights FILE ...
+    torchrun --nproc_per_node 8 train.py ...
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:29500 train.py ...
+
+Settings come from three places, later ones win: the defaults below (as published, for the 7B), `training.json` in the policy's
+directory if there is one (the toy policy has its own), and `--name value` on the command line.
+Writes out/NAME/: settings.json, metrics.jsonl (a line a step), curves.png, step-000100/ ... and policy/ (checkpoints).
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from tqdm import tqdm
+
+from data import Processor, open_data, sample_order
+from grpo import Stopwatch, Systems, accumulate_gradients, collect, equal_rewards
+from model import Thinker
+from segment import TOY_POLICY, TOY_SAM2, Tracker, fail, find_config
+
+
+def setting(default, meaning, **more):
+    return dataclasses.field(default=default, metadata=dict(help=meaning, **more))
+
+
+@dataclass
+class Settings:
+    # What is trained on what
+    name: str = setting("run", "of the run; everything is written to out/NAME")
+    policy: str = setting(TOY_POLICY, "directory of a Thinker or a full Qwen2.5-Omni; its copy is reference and System 2")
+    sam2: str = setting("", "SAM2 config, a yaml file or a name inside the package sam2; empty: told by the weights' name")
+    sam2_weights: str = setting(TOY_SAM2, "SAM2 weights, a .pt file")
+    data: str = setting("toy", "dataset")
+    seed: int = setting(0, "of data order, example times and sampling")
+    # How long and how fast
+    steps: int = setting(1000, "optimizer steps; one rollout each")
+    batch: int = setting(8, "prompts rolled out at once, over all processes (published: 8, one a GPU)")
+    accumulate: int = setting(1, "rollouts of a batch whose gradients add up to one step")
+    updates: int = setting(1, "optimizer steps on each batch; from 2 on, the ratio is clipped")
+    lr: float = setting(1e-6, "peak learning rate of AdamW")
+    warmup: int = setting(10, "steps of linear warm-up, before a cosine down to 0")
+    weight_decay: float = setting(0.01, "of AdamW")
+    clip_norm: float = setting(5.0, "largest norm of a step's gradient")
+    # Rollout
+    group: int = setting(8, "completions of a prompt, G")
+    max_new_tokens: int = setting(2048, "longest completion")
+    temperature: float = setting(1.0, "of sampling, and of the log-probabilities that are trained")
+    top_p: float = setting(1.0, "share of probability sampled from (published: 0.95, but then one distribution is sampled "
+                                "and another trained)")
+    top_k: int = setting(0, "likeliest tokens sampled from; 0: all")
+    # Rewards (method.md, 3)
+    keyframe: float = setting(1.0, "a_k, weight of the number, length and overlap of keyframes")
+    saliency: float = setting(0.0, "a_kr, weight of how large the target is on keyframes (first release: 1)")
+    alignment: float = setting(1.0, "a_a, weight of System 2's boxes against the true ones")
+    consistency: float = setting(2.0, "a_g, weight of SAM2's masks against the true ones (first release: 0, masks are not made)")
+    clip_reward: bool = setting(False, "whether terms beyond base can only add")
+    length_control: bool = setting(False, "whether right completions of 320 to 750 tokens get +1")
+    # Objective
+    beta: float = setting(0.04, "weight of the KL divergence from the reference; 0: no reference pass")
+    kl: str = setting("k3", "its estimate", choices=["k1", "k2", "k3"])
+    clip_low: float = setting(0.2, "the ratio counts down to 1 - clip_low")
+    clip_high: float = setting(0.2, "and up to 1 + clip_high (clip-higher: 0.28)")
+    ratio: str = setting("token", "of each token, or one of each sequence (GSPO)", choices=["token", "sequence"])
+    average: str = setting("completion", "per completion as published, per token (DAPO), or by a constant (Dr. GRPO)",
+                           choices=["completion", "token", "constant"])
+    scale_by_std: bool = setting(True, "whether advantages are divided by the group's std (Dr. GRPO: no)")
+    skip_equal: bool = setting(False, "whether groups whose rewards are all equal drop out of the loss")
+    # Machine
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    dtype: str = setting("bfloat16", "of computation; sharded weights and optimizer are float32", choices=["bfloat16", "float32"])
+    checkpointing: bool = setting(True, "whether activations are computed again in the backward pass")
+    threads: int = setting(0, "CPU threads of a process; 0: as torch chooses")
+    # Output
+    save_every: int = setting(200, "steps between checkpoints")
+    plot_every: int = setting(20, "steps between drawings of curves.png")
+
+
+def read_settings(arguments=None):
+    """Settings from defaults, the policy directory's training.json, and the command line. Exits with code 2 and one line for
+    an unknown name or a wrong type."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in dataclasses.fields(Settings):
+        parser.add_argument(f"--{f.name}", type=_boolean if f.type is bool else f.type, choices=f.metadata.get("choices"),
+                            metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (default: {f.default})")
+    given = vars(parser.parse_args(arguments))
+    advice = os.path.join(given.get("policy", Settings.policy), "training.json")
+    advised = {}
+    if os.path.isfile(advice):
+        with open(advice) as file:
+            advised = json.load(file)
+        unknown = set(advised) - {f.name for f in dataclasses.fields(Settings)}
+        if unknown:
+            parser.error(f"unknown setting in {advice}: {', '.join(sorted(unknown))}")
+    return Settings(**{**advised, **given})
+
+
+def _boolean(text):
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false expected, not {text}")
+    return text.lower() == "true"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+def start_processes(device):
+    """Joins torchrun's processes, or starts a group of one -> (rank, number of processes, this process's device)."""
+    backend = "nccl" if device == "cuda" else "gloo"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def shard(thinker, dtype):
+    """Shards the language model's weights over all processes (FSDP2): float32 at rest, `dtype` in computation. The frozen
+    towers stay whole on every process, outside, so that a clip without sound cannot make the others wait."""
+    towers = {p for tower in (thinker.visual, thinker.audio_tower) for p in tower.parameters()}
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in thinker.model.layers:
+        fully_shard(layer, mp_policy=precision, reshard_after_forward=False)
+    fully_shard(thinker, mp_policy=precision, reshard_after_forward=False, ignored_params=towers)
+    for method in ("generate", "logprobs"):
+        register_fsdp_forward_method(thinker, method)
+
+
+def sums_over_processes(values, device):
+    """{name: number} added up over all processes."""
+    numbers = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(numbers)
+    return dict(zip(values, numbers.tolist()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+def main(arguments=None):
+    settings = read_settings(arguments)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    rank, world, device = start_processes(settings.device)
+    try:
+        train(settings, rank, world, device)
+    except (OSError, ValueError) as error:
+        sys.exit(fail(error))
+    finally:
+        dist.destroy_process_group()
+
+
+def train(settings, rank, world, device):
+    if settings.batch % world:
+        raise ValueError(f"--batch {settings.batch} cannot be shared by {world} processes; take a multiple")
+    out = os.path.join("out", settings.name)
+    data = open_data(settings.data, "train")
+    systems = load_systems(settings, device)
+    policy = systems.policy
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay)
+    log = start_log(out, settings, world) if rank == 0 else None
+    bar = tqdm(range(settings.steps), desc=settings.name, disable=rank != 0, mininterval=1.0)
+    for step in bar:
+        watch = Stopwatch()
+        for p in optimizer.param_groups:
+            p["lr"] = settings.lr * schedule(step, settings)
+        groups = []
+        for part in range(settings.accumulate):
+            clips, seeds = draw(data, step * settings.accumulate + part, settings, rank, world)       # 1
+            groups += collect(systems, clips, seeds, settings, watch)                                 # 2 to 7
+        sums, norm = update(systems, optimizer, groups, settings, world, device)                      # 8
+        watch.lap("update")
+        row = metrics(step, groups, sums, norm, watch, optimizer, device)
+        if rank == 0:
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            bar.set_postfix(reward=f"{row['reward']:.2f}", J=f"{row['consistency']:.3f}", kl=f"{row['kl']:.4f}")
+            if (step + 1) % settings.plot_every == 0 or step + 1 == settings.steps:
+                plot(out)
+        if (step + 1) % settings.save_every == 0:
+            save(systems, os.path.join(out, f"step-{step + 1:06d}"), rank)
+    save(systems, os.path.join(out, "policy"), rank)
+    if rank == 0:
+        print(f"trained policy: {out}/policy   curves: {out}/curves.png   log: {out}/metrics.jsonl")
+
+
+def load_systems(settings, device):
+    """Policy, reference, processor and tracker. The reference shares the policy's frozen towers."""
+    dtype = getattr(torch, settings.dtype)
+    processor = Processor(settings.policy)
+    tracker = Tracker.from_pretrained(settings.sam2 or find_config(settings.sam2_weights), settings.sam2_weights, device)
+    policy = Thinker.from_pretrained(settings.policy, torch.float32, device)
+    reference = Thinker.from_pretrained(settings.policy, dtype, device).requires_grad_(False)
+    policy.visual, policy.audio_tower = reference.visual, reference.audio_tower
+    policy.gradient_checkpointing = settings.checkpointing
+    shard(policy, dtype)
+    return Systems(policy, reference, processor, tracker)
+
+
+def draw(data, rollout, settings, rank, world):
+    """Step 1: this process's share of the clips of a rollout, and a seed for each that depends on nothing but its place in
+    the run. An epoch visits every clip once, in an order of its own."""
+    places = range(rollout * settings.batch + rank, (rollout + 1) * settings.batch, world)
+    clips = [data[int(sample_order(len(data), settings.seed, place // len(data))[place % len(data)])] for place in places]
+    return clips, [int(np.random.SeedSequence([settings.seed, place]).generate_state(1, np.uint64)[0] >> 2) for place in places]
+
+
+def schedule(step, settings):
+    """Factor on the learning rate: linear warm-up, then a cosine down to 0."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def update(systems, optimizer, groups, settings, world, device):
+    """Step 8: `updates` optimizer steps on a batch. Returns the log's sums over all processes, and the gradient's norm."""
+    policy = systems.policy
+    counted = [g for g in groups if not (settings.skip_equal and equal_rewards(g))]
+    completions, tokens = (sum(g.size[k] for g in counted) for k in (0, 1))
+    total = sums_over_processes(dict(completions=completions, tokens=tokens), device)
+    totals = max(total["completions"], 1.0), max(total["tokens"], 1.0)
+    for number in range(settings.updates):
+        sums = {}
+        for i, group in enumerate(groups):
+            last = i == len(groups) - 1
+            policy.set_requires_gradient_sync(last)            # processes meet once an optimizer step, and weights stay
+            policy.set_reshard_after_backward(last)            # gathered until then
+            part = accumulate_gradients(systems, group, settings, totals, world, number == 0, settings.updates > 1)
+            sums = {k: sums.get(k, 0.0) + v for k, v in part.items()}
+        norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], settings.clip_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if math.isfinite(norm):                                # the same on every process; else the update is skipped
+            optimizer.step()
+        optimizer.zero_grad()
+    return sums_over_processes(sums, device), norm
+
+
+def metrics(step, groups, sums, norm, watch, optimizer, device):
+    """One line of the log: means over all completions of all processes, seconds of this process's phases."""
+    terms = [t for g in groups for t in g.terms]
+    values = {name: sum(t[name] for t in terms) for name in terms[0]}
+    values |= dict(reward=sum(g.rewards.sum() for g in groups), completions=len(terms), groups=len(groups),
+                   equal=sum(equal_rewards(g) for g in groups), length=sum(g.mask.sum() for g in groups),
+                   spread=sum(g.rewards.std() for g in groups))
+    values = sums_over_processes(values, device)
+    n, tokens = values.pop("completions"), sums["tokens"]
+    groups_n = values.pop("groups")
+    row = dict(step=step, lr=optimizer.param_groups[0]["lr"], equal_groups=values.pop("equal") / groups_n,
+               reward_std=values.pop("spread") / groups_n, **{k: v / n for k, v in values.items()},
+               loss=sums["loss"], kl=sums["kl"] / tokens, entropy=sums["entropy"] / tokens,
+               clipped_low=sums["clipped_low"] / tokens, clipped_high=sums["clipped_high"] / tokens,
+               gradient_norm=norm if math.isfinite(norm) else None, skipped=int(not math.isfinite(norm)),
+               seconds=watch.seconds | dict(step=sum(watch.seconds.values())), memory_gb=peak_memory(device))
+    return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def peak_memory(device):
+    """GB: of the allocator on a GPU, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written
+# ---------------------------------------------------------------------------------------------------------------------
+def start_log(out, settings, world):
+    """Prints and saves the run's identity; opens metrics.jsonl."""
+    os.makedirs(out, exist_ok=True)
+    revision = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"],
+                              capture_output=True, text=True)
+    identity = dict(settings=dataclasses.asdict(settings), processes=world, revision=revision.stdout.strip(),
+                    torch=torch.__version__, transformers=version("transformers"), sam2=version("sam2"),
+                    started=time.strftime("%Y-%m-%d %H:%M:%S"))
+    with open(os.path.join(out, "settings.json"), "w") as file:
+        json.dump(identity, file, indent=1)
+    print("\n".join(f"{k}: {v}" for k, v in identity["settings"].items()))
+    return open(os.path.join(out, "metrics.jsonl"), "w")
+
+
+def save(systems, path, rank):
+    """A Thinker-only directory with everything needed to load it, in the reference's dtype. Weights are gathered from all
+    processes one by one; only rank 0 keeps them, in host memory."""
+    state = {}
+    for name, tensor in systems.policy.state_dict().items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if rank == 0:
+            state[name] = whole.to("cpu", systems.reference.dtype, copy=True)
+    if rank == 0:
+        systems.policy.save_pretrained(path, state)
+        systems.processor.save(path)
+    dist.barrier()
+
+
+def plot(out):
+    """curves.png: reward, consistency (J), base, alignment, KL and length over the steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    with open(os.path.join(out, "metrics.jsonl")) as file:
+        rows = [json.loads(line) for line in file]
+    figure, axes = pyplot.subplots(2, 4, figsize=(14, 6), constrained_layout=True)
+    names = ("reward", "consistency", "base", "alignment", "number", "kl", "entropy", "length")
+    for axis, name in zip(axes.flat, names):
+        values = np.array([row[name] for row in rows])
+        window = max(1, len(values) // 20)
+        axis.plot(values, alpha=0.3)
+        axis.plot(np.arange(window - 1, len(values)), np.convolve(values, np.ones(window) / window, "valid"))
+        axis.set_title(name)
+        axis.set_xlabel("step")
+    figure.savefig(os.path.join(out, "curves.png"), dpi=80)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
