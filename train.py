@@ -257,7 +257,7 @@ def metrics(step, groups, sums, norm, watch, optimizer, device):
     terms = [t for g in groups for t in g.terms]
     values = {name: sum(t[name] for t in terms) for name in terms[0]}
     values |= dict(reward=sum(g.rewards.sum() for g in groups), completions=len(terms), groups=len(groups),
-                   equal=sum(equal_rewards(g) for g in groups), length=sum(g.mask.sum() for g in groups),
+                   equal=sum(equal_rewards(g) for g in groups), tokens=sum(g.mask.sum() for g in groups),
                    spread=sum(g.rewards.std() for g in groups))
     values = sums_over_processes(values, device)
     n, tokens = values.pop("completions"), sums["tokens"]
@@ -311,14 +311,14 @@ def save(systems, path, rank):
 
 
 def plot(out):
-    """curves.png: reward, consistency (J), base, alignment, KL and length over the steps."""
+    """curves.png: reward, its main terms, KL, entropy and completions' tokens over the steps, with a running mean."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     with open(os.path.join(out, "metrics.jsonl")) as file:
         rows = [json.loads(line) for line in file]
     figure, axes = pyplot.subplots(2, 4, figsize=(14, 6), constrained_layout=True)
-    names = ("reward", "consistency", "base", "alignment", "number", "kl", "entropy", "length")
+    names = ("reward", "consistency", "base", "alignment", "number", "kl", "entropy", "tokens")
     for axis, name in zip(axes.flat, names):
         values = np.array([row[name] for row in rows])
         window = max(1, len(values) // 20)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import sam2
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from PIL import Image
@@ -136,14 +137,25 @@ def token_labels(scene, pair, cells):
     return shown, torch.tensor(boxes, dtype=torch.float32).flatten(0, 1)
 
 
+def marked(shown, name):
+    """From the kinds that each token shows, (tokens, 2 * 18), and the kind that is asked for: the colours and shapes it shows and
+    those asked for, float (tokens, 9) each, and whether it shows the very thing, (tokens,)."""
+    kinds = shown.unflatten(1, (2, -1)).any(1).unflatten(1, (len(COLOURS), -1))                 # (tokens, 6, 3), on either frame
+    asked = (torch.arange(len(KINDS)) == KINDS.index(name)).unflatten(0, (len(COLOURS), -1))    # (6, 3)
+    own = torch.cat([kinds.any(2), kinds.any(1)], dim=1)
+    query = torch.cat([asked.any(1), asked.any(0)]).expand(len(own), -1)
+    return own.float(), query.float(), (kinds & asked).flatten(1).any(1).float()
+
+
 class Pool:
     """Toy scenes of the training split, rendered once and asked about often."""
 
     def __init__(self, processor, scenes, seed):
+        """scenes: indices of the training split."""
         self.processor, self.rng = processor, np.random.default_rng(seed)
         self.videos = []                                 # (Inputs, T, [(kind, query, name of the target, its frames)], labels)
         self.pictures = []                               # (picture, [(name, box)], labels)
-        for index in range(scenes):
+        for index in scenes:
             scene = toy_scene("train", index)
             T, seen = len(scene.pictures), [np.flatnonzero(mask.any(axis=(1, 2))) for mask in scene.masks]
             queries = [(kind, query, None, None) if i is None else (kind, query, scene.things[i].name, seen[i])
@@ -178,18 +190,20 @@ class Pool:
         return *(torch.cat(x) for x in zip(*shown)), torch.tensor(heard)
 
     def videos_batch(self, size):
-        """(list of Inputs, list of answers): the kind of a query is drawn first, then the query."""
-        inputs, answers = [], []
+        """(Inputs, answers, marks): the kind of a query is drawn first, then the query. marks: for each prompt what its visual
+        tokens show, see marked(), or None where the query alone does not tell."""
+        inputs, answers, marks = [], [], []
         T = self.rng.choice([video[1] for video in self.videos])             # clips of one length: no padding
         same = [i for i, video in enumerate(self.videos) if video[1] == T]
         for i in self.rng.choice(same, size):
-            media, _, queries, _ = self.videos[i]
+            media, _, queries, (shown, _, _) = self.videos[i]
             kind = self.rng.choice(TOY_KINDS, p=[0.27, 0.33, 0.28, 0.12])
             choices = [q for q in queries if q[0] == kind] or queries
-            _, query, name, seen = choices[self.rng.integers(len(choices))]
+            kind, query, name, seen = choices[self.rng.integers(len(choices))]
             inputs.append(self._ask(media, T, query))
             answers.append(global_answer(name, seen, T, self.rng))
-        return inputs, answers
+            marks.append(marked(shown, name) if kind == "referring" else None)
+        return inputs, answers, marks
 
     def _ask(self, media, T, query):
         """The prompt of another query over the same media: only the text in front of them changes."""
@@ -202,27 +216,51 @@ class Pool:
                        positions=torch.cat([torch.arange(len(head)).expand(3, -1), media.positions[:, old:] + len(head) - old], dim=1))
 
     def pictures_batch(self, size, alone):
-        """(list of Inputs, list of answers) for grounding one visible thing; `alone`: pictures that show no other."""
-        inputs, answers = [], []
+        """(Inputs, answers, marks) for grounding one visible thing; `alone`: pictures that show no other."""
+        inputs, answers, marks = [], [], []
         while len(inputs) < size:
-            picture, boxes, _ = self.pictures[self.rng.integers(len(self.pictures))]
+            picture, boxes, (shown, _) = self.pictures[self.rng.integers(len(self.pictures))]
             if alone and len(boxes) > 1:
                 continue
             name, box = boxes[self.rng.integers(len(boxes))]
             inputs.append(self.processor.image_inputs(grounding_prompt(name), Image.fromarray(picture)))
             answers.append(box_answer(box))
-        return inputs, answers
+            marks.append(marked(shown, name))
+        return inputs, answers, marks
 
 
-def supervised_loss(thinker, processor, inputs, answers):
-    """Mean negative log-likelihood of the answers' tokens, the end of the message included."""
+def supervised_loss(thinker, processor, readings, inputs, answers, marks):
+    """(mean negative log-likelihood of the answers' tokens, the end of the message included; loss of the readings).
+
+    The readings are linear layers, thrown away afterwards, that must tell from visual tokens inside the language model: after its
+    first layer, which colours and shapes they show and which are asked for; after its second, whether they show the very thing. To
+    bring these together is the one step that a small model is slow to find by itself."""
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = [processor.tokenizer.encode(a, add_special_tokens=False) + [end] for a in answers]
     lengths = torch.tensor([len(i) for i in ids])
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True)          # (B, C)
-    logp, _ = thinker(thinker.embed(inputs), padded)
+    prompts, kept = thinker.embed(inputs), []
+    hooks = [layer.register_forward_hook(lambda module, given, hidden: kept.append(hidden)) for layer in thinker.model.layers[:2]]
+    logp, _ = thinker(prompts, padded)
+    for hook in hooks:
+        hook.remove()
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return -(logp * mask).sum() / mask.sum()
+    likelihood = (logp * mask).sum() / mask.sum()
+    which = [i for i, mark in enumerate(marks) if mark is not None]
+    if not which:
+        return -likelihood, torch.zeros(())
+    first, second = (F.rms_norm(torch.cat([visual_rows(processor, hidden, prompts)[i] for i in which]), hidden.shape[-1:]) for hidden in kept)
+    own, query, target = (torch.cat(labels) for labels in zip(*(marks[i] for i in which)))
+    something = own.any(1)
+    return -likelihood, (F.binary_cross_entropy_with_logits(readings["own"](first), own)
+                         + F.binary_cross_entropy_with_logits(readings["query"](first), query)
+                         + F.binary_cross_entropy_with_logits(readings["target"](second)[something, 0], target[something]))
+
+
+def visual_rows(processor, hidden, prompts):
+    """Hidden states (B S, D) of right-padded rows -> those of each prompt's visual tokens, [(tokens, D)]."""
+    rows = hidden.unflatten(0, (len(prompts), -1))
+    return [row[:len(p.ids)][(p.ids == processor.image) | (p.ids == processor.video)] for row, p in zip(rows, prompts)]
 
 
 def train_towers(thinker, pool, steps, batch):
@@ -233,7 +271,7 @@ def train_towers(thinker, pool, steps, batch):
     heads = torch.nn.ModuleDict(dict(shown=torch.nn.Linear(width, 2 * len(KINDS)), box=torch.nn.Linear(width, 4),
                                      heard=torch.nn.Linear(width, len(KINDS) + 1)))
     modules = torch.nn.ModuleList([thinker.visual, thinker.audio_tower, heads])
-    chosen, rng, start = optimizers(modules), np.random.default_rng(0), time.time()
+    chosen, rng, start = optimizers(modules), np.random.default_rng(pool.rng.integers(2 ** 32)), time.time()
     base = [group["lr"] for o in chosen for group in o.param_groups]
     for step in range(steps):
         scale = min(1, (step + 1) / 50, (steps - step) / (0.4 * steps))
@@ -250,6 +288,7 @@ def train_towers(thinker, pool, steps, batch):
                   5 * F.smooth_l1_loss(heads["box"](seen)[there], boxes[there], beta=0.02),
                   0.2 * F.cross_entropy(heads["heard"](heard), torch.cat([v[3][2] for v in videos]))]
         sum(losses).backward()
+        share_gradients(modules)
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         for optimizer in chosen:
             optimizer.step()
@@ -355,29 +394,49 @@ def make_policy(steps, tower_steps, scenes, batch, seed, decay, init=None):
     if init is None:
         order_numbers(thinker, processor)
     start = time.time()
-    pool = Pool(processor, scenes, seed)
+    rank = 0
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+    first = rank == 0
+    pool = Pool(processor, range(rank * scenes, (rank + 1) * scenes), seed + 1000 * rank)
     print(f"{scenes} scenes in {time.time() - start:.0f} s; {sum(p.numel() for p in thinker.parameters()) / 1e6:.2f}M parameters", flush=True)
     if init is None:
         train_towers(thinker, pool, tower_steps, batch)
         thinker.save_pretrained(POLICY)
-    chosen = optimizers(thinker)
+    width = thinker.config.text_config.hidden_size
+    readings = torch.nn.ModuleDict({name: torch.nn.Linear(width, size) for name, size in (("own", 9), ("query", 9), ("target", 1))})
+    trained = torch.nn.ModuleList([thinker, readings])
+    chosen = optimizers(trained)
     base = [group["lr"] for o in chosen for group in o.param_groups]
     for step in range(steps):
         scale = min(1, (step + 1) / 100, (steps - step) / (decay * steps))          # warm up, hold, go down to zero
         for rate, group in zip(base, (g for o in chosen for g in o.param_groups)):
             group["lr"] = rate * scale
-        losses = [supervised_loss(thinker, processor, *pool.pictures_batch(batch, alone=step < 80)),
-                  supervised_loss(thinker, processor, *pool.videos_batch(batch // 2))]
-        sum(losses).backward()
-        torch.nn.utils.clip_grad_norm_(thinker.parameters(), 1.0)
+        grounding, marking = supervised_loss(thinker, processor, readings, *pool.pictures_batch(batch, alone=init is None and step < 80))
+        answering, marking_too = supervised_loss(thinker, processor, readings, *pool.videos_batch(batch // 2))
+        (grounding + answering + marking + marking_too).backward()
+        share_gradients(trained)
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         for optimizer in chosen:
             optimizer.step()
-        thinker.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"{step} grounding {losses[0].item():.3f} global {losses[1].item():.3f} {time.time() - start:.0f} s", flush=True)
-        if step % 250 == 249 or step == steps - 1:
+            optimizer.zero_grad()
+        if first and (step % 50 == 0 or step == steps - 1):
+            print(f"{step} grounding {grounding.item():.3f} global {answering.item():.3f} marking {marking.item():.3f} "
+                  f"{marking_too.item():.3f} {time.time() - start:.0f} s", flush=True)
+        if first and (step % 250 == 249 or step == steps - 1):
             print(f"{step} grounding IoU {grounding_iou(thinker, processor):.3f}", flush=True)
             thinker.save_pretrained(POLICY)
+
+
+def share_gradients(module):
+    """Averages gradients over the processes of torchrun, if there are several."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for g, part in zip(gradients, (flat / dist.get_world_size()).split([g.numel() for g in gradients])):
+            g.copy_(part.view_as(g))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

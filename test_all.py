@@ -1,0 +1,1821 @@
+"""Every claim of the code, tested: `make test`, or `python -m pytest test_all.py -k WORD` for some.
+
+Fast paths are held against slow twins, models against transformers and sam2 themselves, rewards and metrics against cases worked
+out by hand and brute force. Nothing here is timed.
+"""
+import io
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from sam2 import sam2_video_predictor
+from scipy.io import wavfile
+from transformers import (
+    AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor)
+
+import eval as evaluation
+import model as model_file
+import train
+from data import (
+    COLOURS, Clip, Frames, OVERTONES, PITCH, Processor, SAMPLE_RATE, TOY_KINDS, TOY_SPLITS, UNSEEN_PAIRS,
+    _inside as shape_inside, answer_text, format_time, global_prompt, grounding_prompt, is_null, keyframes, open_video,
+    parse_boxes, parse_moments, parse_time, read_image, read_sound, toy_clip, toy_queries, toy_scene)
+from eval import boundary_accuracy, region_similarity
+from grpo import Stopwatch, Systems, collect, group_advantages, kl_divergence, policy_loss, total_rewards
+from model import Prompt, Thinker, head_logits, prefill_batches, sample, token_logprobs, truncate
+from rewards import (
+    TERMS, WEIGHTS, avs_reward, box_iou, combine, format_reward, image_rewards, length_bonus, mask_box, vos_rewards)
+from segment import Lookout, TOY_POLICY, TOY_SAM2, Tracker, build_sam2, find_config, ground, segment, to_source, track_group
+
+
+# ====================================================================================================================
+# data
+# ====================================================================================================================
+
+TOY = Path(__file__).parent / "toy/policy"
+SMALL_FILES = shutil.ignore_patterns("*.safetensors*")
+
+# Preprocessing of Qwen2.5-Omni-7B.
+REAL = dict(
+    feature_extractor_type="WhisperFeatureExtractor", feature_size=128, hop_length=160, n_fft=400, chunk_length=300,
+    sampling_rate=16000, padding_value=0.0, padding_side="right", return_attention_mask=True, dither=0.0,
+    image_processor_type="Qwen2VLImageProcessor", patch_size=14, merge_size=2, temporal_patch_size=2,
+    image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+
+
+# ---- Processor against transformers ------------------------------------------------------------------------------
+
+class Reference:
+    """transformers' processor and position ids for the preprocessing values of a directory."""
+
+    def __init__(self, path, video_tokens, image_tokens):
+        names = ["image", "video", "audio", "vision_bos", "vision_eos", "audio_bos", "audio_eos"]
+        tokens = {f"{n}_token": f"<|{n if '_' in n else n.upper()}|>" for n in names}
+        values = json.loads((path / "preprocessor_config.json").read_text())
+        vision = {k: values[k] for k in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")}
+        side = vision["patch_size"] * vision["merge_size"]
+        self.frame_size = dict(shortest_edge=1, longest_edge=video_tokens * side * side)
+        picture_size = dict(shortest_edge=1, longest_edge=image_tokens * side * side)
+        self.processor = Qwen2_5OmniProcessor(
+            Qwen2VLImageProcessor(size=picture_size, **vision), Qwen2VLVideoProcessor(size=self.frame_size, **vision),
+            WhisperFeatureExtractor.from_pretrained(path), AutoTokenizer.from_pretrained(path, extra_special_tokens=tokens))
+        with torch.device("meta"):                                       # get_rope_index needs no weights
+            config = Qwen2_5OmniThinkerConfig(**json.loads((path / "config.json").read_text()))
+            self.thinker = Qwen2_5OmniThinkerForConditionalGeneration(config)
+
+    def inputs(self, messages, sound=None, **media):
+        """What transformers makes of it, with `positions` (3, P) added."""
+        config, processor = self.thinker.config, self.processor
+        options = dict(size=self.frame_size)
+        if sound is not None:
+            media["audio"] = [sound]
+            options.update(seconds_per_chunk=float(config.seconds_per_chunk),
+                           position_id_per_seconds=config.position_id_per_seconds)
+            if hasattr(processor, "load_audio_from_video"):              # transformers from 5.20 on
+                media.update(load_audio_from_video=True, audio_from_video_indices=[0])
+            else:
+                options.update(use_audio_in_video=True)
+        text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        out = processor(text=[text], return_tensors="pt", videos_kwargs=options, **media)
+        heard = out.get("feature_attention_mask")
+        seconds = out.get("video_second_per_grid")
+        positions, _ = self.thinker.get_rope_index(
+            out["input_ids"], out.get("image_grid_thw"), out.get("video_grid_thw"), out["attention_mask"], sound is not None,
+            None if heard is None else heard.sum(-1), None if seconds is None else torch.as_tensor(seconds))
+        return {**out, "positions": positions[:, 0]}
+
+
+@pytest.fixture(scope="module", params=["toy", "7B"])
+def pair(request, tmp_path_factory):
+    """Our processor and transformers', and the side in pixels of one visual token."""
+    path = TOY
+    if request.param == "7B":
+        path = tmp_path_factory.mktemp("real")
+        shutil.copytree(TOY, path, ignore=SMALL_FILES, dirs_exist_ok=True)
+        (path / "preprocessor_config.json").write_text(json.dumps(REAL))
+        config = json.loads((TOY / "config.json").read_text())
+        config.update(position_id_per_seconds=25, seconds_per_chunk=2)
+        (path / "config.json").write_text(json.dumps(config))
+    ours = Processor(str(path))
+    return ours, Reference(path, ours.video_tokens, ours.image_tokens), ours.patch * ours.merge
+
+
+def noise_picture(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def noise_clip(width, height, T, seconds=None):
+    """T pictures of noise with a rising tone that begins loud and ends faint; they need not last equally long."""
+    sound = None
+    if seconds is not None:
+        time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+        sound = (0.3 * np.exp(-time) * np.sin(2 * np.pi * (300 + 200 * time) * time)).astype(np.float32)
+    return Clip("", Frames(lambda t: noise_picture(width, height, t), range(T)), "the dog", sound=sound)
+
+
+def assert_equal(ours, theirs, kind, pixel_tolerance=1e-5):
+    assert ours.ids.tolist() == theirs["input_ids"][0].tolist()
+    assert torch.equal(ours.positions, theirs["positions"])
+    pixels, grid = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
+    assert torch.equal(ours.grid, theirs[grid])
+    assert ours.patches.dtype == torch.float32
+    torch.testing.assert_close(ours.patches, theirs[pixels].float(), rtol=0, atol=pixel_tolerance)
+
+
+def video_inputs(pair, clip):
+    ours, reference, _ = pair
+    video = torch.stack([torch.from_numpy(np.array(clip.frames[t])).permute(2, 0, 1) for t in range(len(clip.frames))])
+    return (ours.video_inputs(global_prompt(clip), clip.frames, clip.fps, clip.sound),
+            reference.inputs(global_prompt(clip), clip.sound, videos=[video]))
+
+
+def test_picture_equals_transformers(pair):
+    ours, reference, side = pair
+    picture = noise_picture(6 * side, 3 * side)
+    inputs = ours.image_inputs(grounding_prompt("the dog"), picture)
+    assert_equal(inputs, reference.inputs(grounding_prompt("the dog"), images=[picture]), "image")
+    assert inputs.scale == (1.0, 1.0) and inputs.mel is None
+
+
+@pytest.mark.parametrize("T", [1, 4, 7])
+def test_silent_video_equals_transformers(pair, T):
+    side = pair[2]
+    inputs, theirs = video_inputs(pair, noise_clip(3 * side, 2 * side, T))
+    assert_equal(inputs, theirs, "video")
+    assert inputs.grid[0, 0] == (T + 1) // 2
+
+
+@pytest.mark.parametrize("T, seconds", [(8, 4.0), (8, 5.23), (9, 2.6), (12, 2.0), (3, 7.0), (7, 0.9)])
+def test_video_with_sound_equals_transformers(pair, T, seconds):
+    ours, _, side = pair
+    inputs, theirs = video_inputs(pair, noise_clip(2 * side, side, T, seconds))
+    assert_equal(inputs, theirs, "video")
+    heard = theirs["feature_attention_mask"][0].bool()
+    torch.testing.assert_close(inputs.mel, theirs["input_features"][0][:, heard].float(), rtol=0, atol=1e-4)
+    kinds = [i for i in inputs.ids.tolist() if i in (ours.video, ours.audio)]
+    turns = sum(a != b for a, b in zip(kinds, kinds[1:]))                # both alternate until one has run out
+    assert turns == {(8, 4.0): 3, (8, 5.23): 3, (9, 2.6): 4, (12, 2.0): 2, (3, 7.0): 1, (7, 0.9): 2}[T, seconds]
+
+
+def test_text_goes_on_after_the_last_chunk_even_where_an_earlier_one_is_wider(pair):
+    side = pair[2]
+    columns = {16: 9, 28: 80}[side]                                      # more than position ids in 2.6 s of sound
+    inputs, theirs = video_inputs(pair, noise_clip(columns * side, side, 2, 2.6))
+    assert_equal(inputs, theirs, "video")
+
+
+def test_shrunk_pictures_equal_transformers(pair):
+    """Sizes for which both rules lead to the same number of tokens; resizing may differ by rounding."""
+    ours, reference, side = pair
+    wide, large = {16: ((238, 128), (258, 160)), 28: ((556, 300), (1728, 800))}[side]
+    tolerance = 1.01 / 255 / float(ours.std.min())
+    inputs, theirs = video_inputs(pair, noise_clip(*wide, 2))
+    assert_equal(inputs, theirs, "video", tolerance)
+    picture = noise_picture(*large)
+    inputs = ours.image_inputs(grounding_prompt("the dog"), picture)
+    assert_equal(inputs, reference.inputs(grounding_prompt("the dog"), images=[picture]), "image", tolerance)
+    height, width = (ours.patch * n for n in inputs.grid[0, 1:].tolist())
+    assert inputs.scale == pytest.approx((large[0] / width, large[1] / height)) and min(inputs.scale) > 1
+
+
+def test_token_budget_is_kept(pair):
+    ours, _, side = pair
+    rng = np.random.default_rng(0)
+    sizes = [(w, h) for w, h in np.exp(rng.uniform(0, np.log(6000), (500, 2))).astype(int)]
+    for width, height in sizes + [(1, 1), (1, 50000), (50000, 1), (side, side), (side + 1, side - 1), (1920, 1080)]:
+        for tokens in (1, 9, 128, 900):
+            h, w = ours._resized((width, height), tokens)
+            rows, columns = h // side, w // side
+            assert (rows * side, columns * side) == (h, w) and 1 <= rows * columns <= tokens
+            assert rows <= max(1, round(height / side)) and columns <= max(1, round(width / side))     # never enlarged
+            if min(rows, columns) >= 4:
+                assert 0.75 < (w / h) / (width / height) < 1.33
+                if width * height >= tokens * side * side:
+                    assert rows * columns >= 0.75 * tokens               # the budget is used
+
+
+# ---- Processor's directory ---------------------------------------------------------------------------------------
+
+def test_saved_processor_gives_the_same_inputs(tmp_path):
+    ours, clip = Processor(str(TOY)), toy_clip("test", 0)
+    ours.save(str(tmp_path / "new/copy"))
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("config.json"))      # the Thinker's to write
+    shutil.copy(TOY / "config.json", tmp_path / "new/copy")
+    copy = Processor(str(tmp_path / "new/copy"))
+    a, b = (p.video_inputs(global_prompt(clip), clip.frames, clip.fps, clip.sound) for p in (ours, copy))
+    assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("ids", "positions", "patches", "grid", "mel"))
+    assert copy.eos_ids == ours.eos_ids and copy.decode(a.ids) == ours.decode(a.ids)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "config.json", "tokenizer.json"])
+def test_incomplete_policy_directory_is_named(tmp_path, name):
+    path = tmp_path / "policy"
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+        Processor(str(path))
+    shutil.copytree(TOY, path, ignore=SMALL_FILES)
+    (path / name).write_text('{"broken": ')
+    with pytest.raises(ValueError, match=re.escape(str(path / name if "config" in name else path))):
+        Processor(str(path))
+    (path / name).unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(path))):
+        Processor(str(path))
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words", ["<|im_end|>\n<|im_start|>assistant\n", "<|vision_bos|><|VIDEO|><|vision_eos|>", "<<||AUDIO|>",
+                                   "<|<|IMAGE|>", "{query} {0}", "<|vision_bos|><|IMAGE|><|vision_eos|>"])
+def test_queries_smuggle_no_special_tokens(words):
+    ours = Processor(str(TOY))
+    special = set(ours.tokenizer.get_added_vocab().values())
+
+    def specials(query):
+        clip = Clip("", Frames(lambda t: noise_picture(32, 32), range(2)), query)
+        prompts = (ours.video_inputs(global_prompt(clip), clip.frames), ours.image_inputs(grounding_prompt(query), clip.frames[0]))
+        return [[i for i in prompt.ids.tolist() if i in special] for prompt in prompts]
+
+    assert len(special) == 10 and specials("the " + words) == specials("the dog")
+
+
+def example_times(messages):
+    return re.findall(r'_time": "([0-9:.]+)"', messages[1]["content"][0]["text"])
+
+
+def test_example_times_are_drawn_only_with_a_generator():
+    clip = noise_clip(16, 16, 16)
+    assert example_times(global_prompt(clip)) == ["00:00.00", "00:00.00"]
+    rng = np.random.default_rng(0)
+    drawn = [[parse_time(t) for t in example_times(global_prompt(clip, rng))] for _ in range(50)]
+    assert all(0 <= start <= end < 8 for start, end in drawn) and len({tuple(times) for times in drawn}) > 25
+    assert global_prompt(clip, np.random.default_rng(1)) == global_prompt(clip, np.random.default_rng(1))
+
+
+def test_times_survive_writing_and_reading():
+    assert [format_time(s) for s in (0, 0.5, 11.5, 59.996, 62.5, 3600)] == \
+        ["00:00.00", "00:00.50", "00:11.50", "01:00.00", "01:02.50", "60:00.00"]
+    for seconds in [*np.arange(0, 200, 0.37), *np.arange(300) / 23.976]:
+        assert re.fullmatch(r"\d\d:[0-5]\d\.\d\d", format_time(seconds))
+        assert parse_time(format_time(seconds)) == pytest.approx(seconds, abs=0.0051)
+
+
+# ---- clips -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("T, most", [(1, 24), (24, 24), (25, 24), (47, 24), (100, 24), (1000, 8)])
+def test_sampled_frames_are_evenly_spaced_and_read_late(T, most):
+    reads = []
+
+    def read(t):
+        reads.append(t)
+        return Image.new("RGB", (T, 1), (t % 256, t // 256, 0))
+
+    sound = np.zeros(16, np.float32)
+    clip = Clip("", Frames(read, range(T)), "", 24.0, sound, np.eye(T, dtype=bool)[None, :, None])     # frame t's mask is at x = t
+    sampled, indices = clip.sampled(most)
+    assert reads == []
+    assert indices[0] == 0 and indices[-1] == T - 1 and len(indices) == min(T, most) == len(sampled.frames)
+    assert len(indices) == 1 or (np.diff(indices).min() >= 1 and np.ptp(np.diff(indices)) <= 1)
+    assert sampled.masks[0, :, 0].argmax(1).tolist() == indices
+    assert sampled.fps == 2.0 and sampled.sound is sound and sampled.size == (1, T)
+    middle = len(indices) // 2
+    assert sampled.frames[middle].getpixel((0, 0))[:2] == (indices[middle] % 256, indices[middle] // 256)
+    assert reads == [indices[middle]]
+
+
+def test_clip_without_masks_takes_its_size_from_the_first_frame():
+    clip = noise_clip(40, 24, 30)
+    assert clip.size == (24, 40) and clip.sampled()[0].masks is None
+
+
+# ---- reading files -----------------------------------------------------------------------------------------------
+
+def test_folder_of_frames_in_the_order_of_their_numbers(tmp_path):
+    for n, name in enumerate(["frame_2.png", "frame_9.jpg", "frame_10.JPEG", "frame_11.png"]):
+        Image.new("RGB", (20, 12), (60 * n, 0, 0)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no frame")
+    frames, fps = open_video(str(tmp_path))
+    assert (len(frames), fps, frames[0].size, frames[0].mode) == (4, 2.0, (20, 12), "RGB")
+    assert [round(frames[t].getpixel((3, 3))[0] / 60) for t in range(4)] == [0, 1, 2, 3]
+
+
+def test_pictures_of_every_mode_become_rgb(tmp_path):
+    for mode in ("L", "P", "RGBA", "1"):
+        Image.new(mode, (5, 4)).save(tmp_path / "picture.png")
+        assert (read_image(str(tmp_path / "picture.png")).mode, read_image(str(tmp_path / "picture.png")).size) == ("RGB", (5, 4))
+
+
+def jpeg(picture):
+    file = io.BytesIO()
+    picture.save(file, "jpeg", quality=95)
+    return file.getvalue()
+
+
+def write_avi(path, size, jpegs, fps):
+    """A video file of encoded pictures."""
+    def chunk(tag, data):
+        return tag + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+
+    (w, h), n = size, len(jpegs)
+    file = struct.pack("<14I", 1_000_000 // fps, 0, 0, 16, n, 0, 1, 0, w, h, 0, 0, 0, 0)
+    stream = b"vidsMJPG" + struct.pack("<10I4H", 0, 0, 0, 1, fps, 0, n, 0, 0, 0, 0, 0, w, h)
+    form = struct.pack("<IiiHH4s5I", 40, w, h, 1, 24, b"MJPG", 3 * w * h, 0, 0, 0, 0)
+    lists = [b"hdrl" + chunk(b"avih", file) + chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", form)),
+             b"movi" + b"".join(chunk(b"00dc", data) for data in jpegs)]
+    path.write_bytes(chunk(b"RIFF", b"AVI " + b"".join(chunk(b"LIST", part) for part in lists)))
+
+
+def test_video_file(tmp_path):
+    write_avi(tmp_path / "clip.avi", (48, 32), [jpeg(Image.new("RGB", (48, 32), (40 * t, 0, 0))) for t in range(6)], 5)
+    frames, fps = open_video(str(tmp_path / "clip.avi"))
+    assert (len(frames), fps, frames[0].size) == (6, 5.0, (48, 32))
+    assert [round(frames[t].getpixel((9, 9))[0] / 40) for t in (5, 0, 3)] == [5, 0, 3]               # any order
+    assert read_sound(str(tmp_path / "clip.avi")) is None
+
+
+def tone(rate, pitch=440.0, seconds=1.5):
+    return 0.5 * np.sin(2 * np.pi * pitch * np.arange(int(rate * seconds)) / rate)
+
+
+@pytest.mark.parametrize("rate", [16000, 44100, 8000, 48000])
+@pytest.mark.parametrize("store", [
+    lambda x: (x * 128 + 128).round().astype(np.uint8), lambda x: (x * 2 ** 15).astype(np.int16),
+    lambda x: (x * 2 ** 31).astype(np.int32), lambda x: x.astype(np.float32), lambda x: x], ids=["u8", "i16", "i32", "f32", "f64"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_wav_files_of_every_kind(tmp_path, rate, store, channels):
+    left = store(tone(rate))
+    wavfile.write(tmp_path / "tone.WAV", rate, left if channels == 1 else np.stack([left, store(0 * tone(rate))], 1))
+    sound = read_sound(str(tmp_path / "tone.WAV"))
+    assert sound.dtype == np.float32 and sound.ndim == 1 and abs(len(sound) - 24000) <= 1
+    middle = sound[4000:20000]                                           # one second, away from the ends
+    spectrum = abs(np.fft.rfft(middle)) / 8000                           # bins of 1 Hz; a sine's amplitude at its pitch
+    assert spectrum.argmax() == 440 and spectrum[440] == pytest.approx(0.5 / channels, rel=0.02)
+    assert np.delete(spectrum, range(435, 446)).max() < 0.005
+
+
+def test_soundtrack_of_a_container(tmp_path):
+    wavfile.write(tmp_path / "tone.wav", 44100, (tone(44100) * 2 ** 15).astype(np.int16))
+    sound = read_sound(str((tmp_path / "tone.wav").rename(tmp_path / "tone.mp4")))                    # read as a video file is
+    spectrum = abs(np.fft.rfft(sound[4000:20000])) / 8000
+    assert sound.dtype == np.float32 and abs(len(sound) - 24000) < 100
+    assert spectrum.argmax() == 440 and spectrum[440] == pytest.approx(0.5, rel=0.02)
+
+
+READERS = [(open_video, "clip.mp4"), (read_sound, "clip.mp4"), (read_sound, "clip.wav"), (read_image, "clip.png")]
+
+
+@pytest.mark.parametrize("read, name", READERS)
+def test_missing_files_are_named(tmp_path, read, name):
+    with pytest.raises(FileNotFoundError if read is open_video else ValueError, match=re.escape(str(tmp_path / name))):
+        read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("read, name", READERS)
+@pytest.mark.parametrize("content", [b"", b"hello" * 100, *(b"RIFF\x24\0\0\0WAVE" + part for part in (b"", b"fmt ", b"data"))])
+def test_broken_files_are_named(tmp_path, read, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+        read(str(tmp_path / name))
+
+
+def test_broken_frames_are_named(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        open_video(str(tmp_path))                                        # an empty folder
+    noise_picture(60, 60).save(tmp_path / "1.png")
+    (tmp_path / "2.png").write_bytes((tmp_path / "1.png").read_bytes()[:2000])
+    frames, _ = open_video(str(tmp_path))
+    assert frames[0].size == (60, 60)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "2.png"))):
+        frames[1]
+
+    jpegs = [jpeg(noise_picture(64, 48, t)) for t in range(40)]
+    write_avi(tmp_path / "clip.avi", (64, 48), jpegs[:30] + [bytes(500)] + jpegs[30:], 5)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "clip.avi"))):
+        frames, _ = open_video(str(tmp_path / "clip.avi"))               # decodes ahead: may meet it already
+        frames[30]
+
+
+# ---- the toy world -----------------------------------------------------------------------------------------------
+
+SCENES = [(split, index) for split, count in (("train", 30), ("test", 8), ("pairs", 12), ("long", 8)) for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return {key: toy_scene(*key) for key in SCENES}
+
+
+@pytest.mark.parametrize("split", TOY_SPLITS)
+def test_clips_follow_from_split_and_index(split):
+    a, b, other = toy_clip(split, 3), toy_clip(split, 3), toy_clip(split, 4)
+    assert (a.name, a.query, a.kind, len(a.frames)) == (b.name, b.query, b.kind, len(b.frames))
+    assert np.array_equal(a.masks, b.masks) and np.array_equal(a.sound, b.sound)
+    assert all(np.array_equal(a.frames[t], b.frames[t]) for t in range(len(a.frames)))
+    assert not np.array_equal(a.frames[0], other.frames[0])
+    assert all(not np.array_equal(a.frames[0], toy_clip(s, 3).frames[0]) for s in TOY_SPLITS if s != split)
+
+
+def test_clips_have_the_promised_sizes(scenes):
+    for (split, _), scene in scenes.items():
+        T, O = len(scene.pictures), len(scene.things)
+        assert 2 <= O <= 4 and (17 <= T <= 24 if split == "long" else 8 <= T <= 16)
+        assert scene.masks.shape == (O, T, 128, 128) and scene.pictures.shape == (T, 128, 128, 3)
+        assert len({thing.name for thing in scene.things}) == O
+    assert {len(scene.things) for scene in scenes.values()} == {2, 3, 4}
+
+
+def test_masks_are_what_is_to_be_seen(scenes):
+    """A pixel has a thing's colour (within noise) where it is in its mask and nowhere else: hidden parts are in none."""
+    hidden = outside = 0
+    for scene in list(scenes.values())[::2]:
+        assert scene.masks.sum(0).max() <= 1                             # a pixel belongs to one thing at most
+        for colour in {thing.colour for thing in scene.things}:
+            near = (abs(scene.pictures.astype(int) - COLOURS[colour]) <= 20).all(-1)                  # [T, H, W]
+            mask = scene.masks[[thing.colour == colour for thing in scene.things]].any(0)
+            assert (near != mask).sum((1, 2)).max() <= 3
+        for thing, mask in zip(scene.things, scene.masks):
+            whole = np.stack([shape_inside(thing.shape, *centre, r) for centre, r in zip(thing.centre, thing.radius)])
+            assert not (mask & ~whole).any() and not mask[~thing.alive].any()
+            hidden += (whole & ~mask)[thing.alive].any()
+            outside += (~thing.alive).any()
+    assert hidden > 5 and outside > 5                                    # the cases occur
+
+
+def loudness(wave, pitch):
+    """Amplitude [2 T'] of a pitch in every half-second."""
+    parts = wave.reshape(-1, SAMPLE_RATE // 2)
+    time = np.arange(len(wave)).reshape(parts.shape) / SAMPLE_RATE
+    return 2 * abs((parts * np.exp(-2j * np.pi * pitch * time)).mean(1))
+
+
+def test_sound_is_that_of_the_sounding_thing_while_seen(scenes):
+    silent = 0
+    for scene in list(scenes.values())[::2]:
+        T, wave = len(scene.pictures), scene.sound
+        assert len(wave) == T * SAMPLE_RATE // 2 and wave.dtype == np.float32 and abs(wave).max() < 1
+        level = wave.reshape(T, -1).std(1)
+        if scene.sounding is None:
+            silent += 1
+            assert level.max() < 0.005
+            continue
+        thing, seen = scene.things[scene.sounding], scene.masks[scene.sounding].any((1, 2))
+        assert (level[seen] > 0.1).all() and (level[~seen] < 0.005).all()
+        for k in (k for k in range(1, 6) if k * PITCH[thing.colour] < SAMPLE_RATE / 2 - 100):
+            expected = 0.2 * OVERTONES[thing.shape].get(k, 0) * seen
+            assert abs(loudness(wave, k * PITCH[thing.colour]) - expected).max() < 0.01
+    assert 3 < silent < len(scenes) / 4
+
+
+def test_unseen_pairs_are_kept_for_their_split(scenes):
+    unseen = {f"{colour} {shape}" for colour, shape in UNSEEN_PAIRS}
+    for (split, index), scene in scenes.items():
+        where = [i for i, thing in enumerate(scene.things) if thing.name in unseen]
+        assert where == ([0] if split == "pairs" else [])
+        if split == "pairs":
+            clip = toy_clip(split, index)
+            assert np.array_equal(clip.masks[0], scene.masks[0]) or (clip.kind == "null" and not clip.masks.any())
+        # Nor are they asked for where they are not: a policy must not learn that there is no such thing.
+        assert not [q for kind, q, _ in toy_queries(scene) if kind == "null" and q.removeprefix("the ") in unseen]
+
+
+def right_answers(scene, query):
+    """Indices of the things a query means, worked out from what is seen."""
+    frames = [np.flatnonzero(mask.any((1, 2))) for mask in scene.masks]
+    shown = [i for i, f in enumerate(frames) if len(f)]
+    if query == "the object that makes the sound":
+        return [i for i in shown if i == scene.sounding]
+
+    def change(i):
+        return scene.things[i].radius[frames[i][-1]] - scene.things[i].radius[frames[i][0]]
+
+    def step(i):                                                         # the longest; walls and turns shorten some
+        together = frames[i][:-1][np.diff(frames[i]) == 1]
+        return max(np.linalg.norm(scene.things[i].centre[together + 1] - scene.things[i].centre[together], axis=1), default=0)
+
+    score = {"the object that enters last": lambda i: frames[i][0], "the object that leaves first": lambda i: -frames[i][-1],
+             "the object that stays longest": lambda i: len(frames[i]), "the object that moves fastest": lambda i: step(i) // 0.01,
+             "the object that grows": lambda i: change(i) >= 1, "the object that shrinks": lambda i: change(i) <= -1}.get(query)
+    if score:
+        return [i for i in shown if score(i) == max(map(score, shown))]
+    words = set(query.split()) - {"the", "object"}
+    return [i for i in shown if words <= {scene.things[i].colour, scene.things[i].shape}]
+
+
+def test_queries_have_the_one_answer_given(scenes):
+    asked = set()
+    for scene in scenes.values():
+        for kind, query, target in toy_queries(scene):
+            assert right_answers(scene, query) == ([] if target is None else [target]), query
+            assert (kind == "null") == (target is None)
+            asked.add(query if kind == "reasoning" else kind)
+    assert asked == {"referring", "sound", "null", *(f"the object that {does}" for does in (
+        "enters last", "leaves first", "stays longest", "moves fastest", "grows", "shrinks"))}
+
+
+def test_clips_ask_one_query_of_their_scene(scenes):
+    kinds = set()
+    for (split, index), scene in list(scenes.items())[:40]:
+        clip = toy_clip(split, index)
+        kinds.add(clip.kind)
+        target = {query: i for kind, query, i in toy_queries(scene) if kind == clip.kind}[clip.query]
+        assert np.array_equal(clip.masks, scene.masks[[target]] if target is not None else 0 * scene.masks[:1])
+        assert clip.masks.any() == (clip.kind != "null") and clip.masks.dtype == bool
+        assert np.array_equal(clip.frames[1], scene.pictures[1]) and np.array_equal(clip.sound, scene.sound)
+        assert clip.size == (128, 128) and clip.fps == 2.0
+    assert kinds == set(TOY_KINDS)
+
+
+# ====================================================================================================================
+# rewards and metrics
+# ====================================================================================================================
+
+# ------------------------------------------------------------------------------------------------ reading text
+
+
+def block(start, end, description="a dog on the left"):
+    return json.dumps(dict(start_time=start, end_time=end, description=description))
+
+
+def said(*blocks):
+    return f"<think>why</think>\n<answer>[{', '.join(blocks)}]</answer>"
+
+
+@pytest.mark.parametrize("text, reward", [
+    ("<think>a</think><answer>b</answer>", 1), ("<think>a\nb</think> \n\t<answer>\n</answer>", 1), ("", 0),
+    ("<think>a</think><answer>b</answer> and more", 0), ("well: <think>a</think><answer>b</answer>", 0),
+    ("<think>a</think>then<answer>b</answer>", 0), ("<think>a</think><answer>b", 0), ("<answer>b</answer>", 0),
+    ("<answer>b</answer><think>a</think>", 0), ("<think>a<answer>b</answer></think>", 0),
+    ("<think><think>a</think></think><answer>b</answer>", 0),
+    ("<think>a</think><answer><answer>b</answer></answer>", 0),
+    ("<think>a</think><answer>b</answer><answer>c</answer>", 0), ("<think>a</think><answer><think>b</answer>", 0)])
+def test_format_reward(text, reward):
+    assert format_reward(text) == reward
+
+
+def test_answer_text_and_null():
+    assert answer_text("<answer> b </answer><answer>c</answer>") == "b"
+    assert answer_text("</answer><answer>b</answer>") == "b"
+    assert answer_text("<answer>b") == answer_text("b</answer>") == answer_text("") == ""
+    assert is_null(" null\n") and not is_null("") and not is_null("nullify") and not is_null('"null"')
+
+
+@pytest.mark.parametrize("value, seconds", [
+    ("01:02.50", 62.5), ("0:00.5", 0.5), ("00:07.25 or so", 7.25), ("00:07", None), ("7.25", None), (" 00:01.00", None),
+    ("-0:01.00", None), ("", None), (None, None), (3.5, None), (["00:01.00"], None), ("9" * 10 ** 6 + ":00.00", None),
+    ("00:00." + "9" * 10 ** 6, 0.999999), ("inf:00.00", None), ("00:nan", None)])
+def test_parse_time(value, seconds):
+    assert parse_time(value) == seconds
+
+
+@pytest.mark.parametrize("text, parsed, frames", [        # 8 frames at 2 per second: 4 s
+    (block("00:01.00", "00:01.99"), True, [2, 3]),        # floor(2.0) … floor(3.98)
+    (block("00:03.60", "00:04.00"), True, [7]),           # floor(7.2) … floor(8.0), clipped to 7
+    (block("00:03.60", "00:04.01"), True, []),            # ends after the clip
+    (block("00:02.00", "00:01.00"), True, []),            # swapped
+    (block("00:01.40", "00:01.00"), True, []),            # swapped within one frame
+    (block("00:01", "00:02.00"), False, []), (block(1.0, 2.0), False, []),
+    (block("00:01.00", "00:02.00", " "), False, []), (block("00:01.00", "00:02.00", 3), False, []),
+    ('{"start_time": "00:01.00", "end_time": "00:02.00"}', False, []),
+    ('{ ' + block("00:01.00", "00:02.00"), False, [])])   # one block from the first brace: not JSON
+def test_one_moment(text, parsed, frames):
+    (moment,) = parse_moments(said(text), 8, 2.0)
+    assert (moment.parsed, moment.frames) == (parsed, frames)
+
+
+def test_moments_outside_the_answer_do_not_count():
+    one = block("00:01.00", "00:01.00")
+    assert parse_moments(f"<think>{one}</think><answer></answer>{one}", 8, 2.0) == []
+    assert parse_moments(f"<answer>{one}", 8, 2.0) == []
+    assert len(parse_moments(said(one, "{}", "{", one), 8, 2.0)) == 3   # the lone brace swallows its follower
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark():
+    (moment,) = parse_moments(said(block("00:01.00", "00:01.00", "dog \ud83d")), 8, 2.0)
+    assert moment.description == "dog ?"
+
+
+def test_keyframes_in_time_order_first_block_wins():
+    moments = parse_moments(said(block("00:02.00", "00:03.00", "late"), block("00:01.00", "00:02.00", "early")), 8, 2.0)
+    assert keyframes(moments) == {2: "early", 3: "early", 4: "late", 5: "late"}         # frame 6 is the fifth
+    assert list(keyframes(moments).items()) == sorted(keyframes(moments).items())
+    assert keyframes(moments, most=1) == {2: "early"}
+
+
+@pytest.mark.parametrize("text, boxes", [
+    ('{"bbox_2d": [1, 2, 3, 4]}', [(1, 2, 3, 4)]), ("null", []), ("", []),
+    ('<answer>```json\n[{"label": "a}", "bbox_2d" : [1,2,3,4]}, {"bbox_2d":[0, 0.5, 0, 9]}]```',
+     [(1, 2, 3, 4), (0, 0.5, 0, 9)]),
+    ('{"all": [{"bbox_2d": [1, 2, 3, 4]}]}', [(1, 2, 3, 4)]),
+    ('{"bbox_2d": [3, 2, 1, 4]}{"bbox_2d": [1, 4, 3, 2]}', []), ('{"bbox_2d": [1, 2, 3]}{"bbox_2d": []}', []),
+    ('{"bbox_2d": [true, 2, 3, 4]}{"bbox_2d": ["1", 2, 3, 4]}{"bbox_2d": [1, 2, null, 4]}', []),
+    ('{"bbox_2d": [NaN, 2, 3, 4]}{"bbox_2d": [1, 2, Infinity, 4]}{"bbox_2d": [1, 2, 1e7, 4]}', []),
+    ('{"bbox_2d": [1, 2, ' + "9" * 5000 + ', 4]}', []), ('{"bbox_2d": [[1, 2, 3, 4]', []),
+    ('{"bbox_2d": [1, 2, 3, 4]}' * 50, [(1, 2, 3, 4)] * 16)])
+def test_parse_boxes(text, boxes):
+    assert parse_boxes(text) == boxes
+
+
+# ------------------------------------------------------------------------- rewards on video, by hand
+
+
+def scene():
+    """O=2, T=8, H=10, W=12 at 2 frames per second (4 s). Object 0: 12 px on the left edge, frames 2 to 5.
+    Object 1: 4 px, frames 4 to 7. Areas: 0 0 12 12 16 16 4 4."""
+    masks = np.zeros((2, 8, 10, 12), dtype=bool)
+    masks[0, 2:6, 2:5, 0:4] = True
+    masks[1, 4:8, 6:8, 8:10] = True
+    return masks
+
+
+LEFT, RIGHT = (0, 2, 3, 4), (8, 6, 9, 7)                  # the two true boxes, corners inclusive
+
+
+def rewards(text, boxes={}, tracked=None, masks=None):
+    return vos_rewards(text, scene() if masks is None else masks, boxes, tracked)
+
+
+def test_every_term_by_hand():
+    text = said(block("00:01.00", "00:01.50"), block("00:01.50", "00:02.00"))        # frames 2 3 and 3 4
+    boxes = {2: [LEFT],                                   # object 0 alone in sight: IoU 1
+             3: [(0, 2, 1, 4), RIGHT, RIGHT],             # half of object 0: 6 / 12; three boxes for O=2: 1 surplus
+             4: [RIGHT, (0, 2, 3, 7)],                    # object 1: 1; object 0: 12 / 24; in the other order
+             5: [LEFT] * 9}                               # no keyframe: ignored
+    tracked = scene().any(0)
+    tracked[6:] = False                                   # right on frames 0 to 5, where 0 and 1 are empty in both
+    terms = rewards(text, boxes, tracked)
+    assert terms == pytest.approx(dict(
+        # Sights: object 0 on 2 and 3 of 2 objects x 2 frames = 2/4; on 3 and 4, and object 1 on 4: 3/4.
+        base=(2 * (0.2 + 0.2 + 0.2) + 2 / 4 + 3 / 4) / 2,
+        number=0.4 * 3,                                   # frames 2 3 4
+        length=0.2 * (1 - 2) * 2,
+        overlap=-0.5 * (4 - 3),
+        saliency=(12 + 12 + 16) / 16 / 3,
+        alignment=(1 + 6 / 12 + 1 + 12 / 24) / 4,         # pairs in sight: one on 2, one on 3, two on 4
+        mismatch=-1 / 2 / 2 / 3,                          # 1 surplus, over O=2, halved, over 3 keyframes
+        consistency=6 / 8))
+    assert list(terms) == list(TERMS) and all(type(value) is float for value in terms.values())
+    rest = 0.3 + 40 / 48 + 0.75 - 1 / 12                  # number + length + overlap = 1.2 - 0.4 - 0.5
+    assert combine(terms, WEIGHTS) == pytest.approx(1.225 + rest)
+    later = dict(keyframe=0.5, saliency=0.0, alignment=2.0, consistency=3.0)
+    assert combine(terms, later) == pytest.approx(1.225 + 0.5 * 0.3 + 2 * 0.75 - 1 / 12 + 3 * 0.75)
+
+
+@pytest.mark.parametrize("blocks, base", [
+    (["{}"], 0.2), (["{}", "{x}"], 0.2),
+    ([block("00:02.00", "00:01.00")], 0.4),                                          # parsed, not valid
+    (["{}", block("00:02.00", "00:01.00")], (0.2 + 0.4) / 2)])
+def test_no_valid_block_earns_base_alone(blocks, base):
+    terms = rewards(said(*blocks), {2: [LEFT]}, scene().any(0))
+    assert terms == pytest.approx(dict.fromkeys(TERMS, 0.0) | dict(base=base))
+
+
+@pytest.mark.parametrize("answer", ["", "the dog", "null", "}{", '{"start_time": '])
+def test_no_block_earns_nothing(answer):
+    terms = rewards(said().replace("[]", answer), {2: [LEFT]}, scene().any(0))
+    assert terms == dict.fromkeys(TERMS, 0.0)
+
+
+@pytest.mark.parametrize("frames, number", [(1, 0.4), (4, 1.6), (5, 0.8), (7, 0.0), (8, -0.4)])
+def test_number_peaks_at_four(frames, number):
+    terms = rewards(said(*(block(f"00:0{t / 2:.2f}", f"00:0{t / 2:.2f}") for t in range(frames))))
+    assert (terms["number"], terms["length"], terms["overlap"]) == pytest.approx((number, 0, 0))
+
+
+def test_only_the_first_four_frames_are_keyframes():
+    text = said(block("00:01.00", "00:03.50"))                                       # frames 2 to 7; keyframes 2 to 5
+    terms = rewards(text, {6: [RIGHT] * 5})
+    assert terms["saliency"] == pytest.approx((12 + 12 + 16 + 16) / 16 / 4)
+    assert terms["mismatch"] == terms["alignment"] == 0.0
+    assert terms["length"] == pytest.approx(0.2 * (1 - 6))
+
+
+def test_saliency_is_relative_to_the_largest_frame_of_the_clip():
+    assert rewards(said(block("00:01.00", "00:01.00")))["saliency"] == 12 / 16
+    assert rewards(said(block("00:02.00", "00:03.00")))["saliency"] == pytest.approx((16 + 16 + 4) / 16 / 3)
+
+
+def test_assignment_is_best_overall_not_greedy():
+    masks = np.zeros((2, 1, 4, 30), dtype=bool)
+    masks[0, 0, :, 0:10] = True
+    masks[1, 0, :, 5:15] = True
+    boxes = {0: [(3, 0, 12, 3), (5, 0, 14, 3)]}           # IoU with object 0: 7/13, 1/3; with object 1: 8/12, 1
+    terms = rewards(said(block("00:00.00", "00:00.00")), boxes, masks=masks)
+    assert terms["alignment"] == pytest.approx((7 / 13 + 1) / 2)
+    boxes = {0: [(5, 0, 14, 3)]}                          # one box serves one object only
+    assert rewards(said(block("00:00.00", "00:00.00")), boxes, masks=masks)["alignment"] == pytest.approx(1 / 2)
+
+
+def test_nobody_in_sight_on_the_keyframe():
+    terms = rewards(said(block("00:00.00", "00:00.00")), {0: [LEFT]}, np.zeros((8, 10, 12), bool))
+    assert terms == pytest.approx(dict.fromkeys(TERMS, 0.0) | dict(base=0.6, number=0.4, consistency=2 / 8))
+
+
+def test_consistency_without_sam2():
+    text = said(block("00:01.00", "00:01.00"))
+    assert rewards(text, {2: []})["consistency"] == 2 / 8                            # empty where the truth is
+    assert rewards(text, {2: [LEFT]})["consistency"] == 0.0                          # not known, not given
+    assert rewards(text, {2: [LEFT]}, np.ones((8, 10, 12), bool))["consistency"] == pytest.approx(
+        (2 * 12 + 2 * 16 + 2 * 4) / 120 / 8)
+
+
+@pytest.mark.parametrize("objects", [0, 3])
+def test_null_reference(objects):
+    masks, nothing = np.zeros((objects, 8, 10, 12), dtype=bool), dict.fromkeys(TERMS, 0.0)
+    assert rewards(said().replace("[]", " null "), masks=masks) == nothing | dict(base=1.0, consistency=1.0)
+    assert rewards(said(), masks=masks) == nothing                                   # silence is not that form
+    assert rewards(said("{}"), masks=masks) == nothing | dict(base=0.2)
+    text, tracked = said(block("00:01.00", "00:01.00")), np.zeros((8, 10, 12), dtype=bool)
+    tracked[3:, 0, 0] = True
+    expected = nothing | dict(base=0.6, number=0.4)
+    assert rewards(text, {2: []}, masks=masks) == pytest.approx(expected | dict(consistency=1.0))
+    assert rewards(text, {2: [LEFT, RIGHT]}, tracked, masks) == pytest.approx(       # every box is one too many
+        expected | dict(mismatch=-2 / 2, consistency=3 / 8))
+
+
+def test_shapes_are_checked_and_named():
+    text, masks = said(), scene()
+    for bad_masks, tracked in [(masks[0], None), (masks, masks[0, :4]), (masks, masks), (masks[:, :0], None)]:
+        with pytest.raises(ValueError, match=str(bad_masks.shape).replace("(", r"\(").replace(")", r"\)")):
+            vos_rewards(text, bad_masks, {}, tracked)
+
+
+def test_clip_keeps_the_rest_from_taking_away():
+    terms = dict.fromkeys(TERMS, 0.0) | dict(base=1.0, number=-3.0, mismatch=-0.5, consistency=1.0)
+    weights = dict(keyframe=1.0, saliency=1.0, alignment=1.0, consistency=2.0)
+    assert combine(terms, weights) == pytest.approx(1 - 3 - 0.5 + 2)
+    assert combine(terms, weights, clip=True) == 1.0
+    assert combine(terms | dict(number=0.0), weights, clip=True) == pytest.approx(2.5)
+
+
+# ------------------------------------------------------------------------------- known flaws, known hacks
+
+
+def test_a_true_box_on_the_left_edge_counts():
+    terms = rewards(said(block("00:01.00", "00:01.00")), {2: [LEFT]})
+    assert terms["alignment"] == 1.0 and mask_box(scene()[0, 2]) == LEFT
+
+
+def test_every_surplus_box_counts_and_none_hides_a_later_frame():
+    text = said(block("00:01.00", "00:01.00"), block("00:02.00", "00:02.00"))
+    terms = rewards(text, {2: [LEFT] * 7, 4: [LEFT, RIGHT, RIGHT]})
+    assert terms["mismatch"] == pytest.approx(-(5 + 1) / 2 / 2 / 2)                  # O=2, halved, 2 keyframes
+    assert terms["alignment"] == 1.0
+
+
+def hack_scene():
+    """16 frames of 20 x 20, one 6 x 6 target in sight on frames 4 to 11; a box beside it; the whole image."""
+    masks = np.zeros((1, 16, 20, 20), dtype=bool)
+    masks[0, 4:12, 7:13, 7:13] = True
+    return masks, (0, 0, 5, 5), (0, 0, 19, 19)
+
+
+def total(text, box, weights=WEIGHTS, clip=False):
+    masks, _, _ = hack_scene()
+    frames = keyframes(parse_moments(text, 16, 2.0))
+    tracked = np.zeros(masks.shape[1:], dtype=bool)
+    if frames:
+        x1, y1, x2, y2 = box
+        tracked[:, y1:y2 + 1, x1:x2 + 1] = True
+    terms = vos_rewards(text, masks, dict.fromkeys(frames, [box]), tracked)
+    return format_reward(text) + combine(terms, weights, clip)
+
+
+ABSENT, PRESENT = block("00:00.00", "00:00.00"), block("00:03.00", "00:03.00")       # frames 0 and 6
+EACH = [block(f"00:0{t / 2:.2f}", f"00:0{t / 2:.2f}") for t in range(16)]
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, dict(keyframe=1.0, saliency=0.0, alignment=1.0, consistency=2.0)])
+def test_hacks_score_below_an_honest_wrong_answer(weights):
+    """The honest answer names one frame and grounds it wrongly; a hack knows no more and must earn less."""
+    _, wrong, _ = hack_scene()
+    for honest in (ABSENT, PRESENT):
+        least = total(said(honest), wrong, weights)
+        for hack in [said(), "", said(*[honest] * 4), said(*[honest] * 50), said(block("00:00.00", "00:08.00")),
+                     said(*EACH), said(honest) + " trust me", said(honest).replace("answer", "answer><answer", 1),
+                     said(honest).replace("<think>", "<think><think>"), said(honest) * 2]:
+            assert total(hack, wrong, weights) < least, hack
+
+
+def test_a_box_as_large_as_the_image_earns_its_share_of_the_image_only():
+    _, wrong, whole = hack_scene()
+    overlapping = (10, 7, 15, 12)                         # half beside the target: IoU 18 / 54
+    assert total(said(PRESENT), whole) - total(said(PRESENT), wrong) == pytest.approx(36 / 400)
+    assert total(said(PRESENT), whole) < total(said(PRESENT), overlapping)
+    assert total(said(ABSENT), whole) == total(said(ABSENT), wrong)
+
+
+# ---------------------------------------------------------------------------------------- mangled answers
+
+
+def mangled(rng):
+    """A real answer with odd values, bent in up to three places."""
+    times = ["00:01.00", "00:02.00", "00:03.50", "00:03.99"] * 4
+    times += ["-0:01.00", "99:99.99", "1e9:00.00", "9" * 5000 + ":00.00", "٣:٠١.٠٠", "", "NaN"]
+    texts = ["a dog", "a dog, left", "🐕 \ud83d", "", "x" * 999, "}{"]
+    text = said(*(block(rng.choice(times), rng.choice(times), rng.choice(texts))
+                  for _ in range(rng.choice([0, 1, 2, 4, 9]))))
+    for _ in range(rng.randint(0, 3)):
+        at, to = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+        junk = rng.choice(["{", "}", '"', "<answer>", "</answer>", "<think>", "null", "NaN", "-Infinity", "[" * 3000,
+                           "9" * 5000, "\\u0000", "\x00", "é🐕", "", '{"start_time": NaN}', '"bbox_2d": [1, 2, 3, 4]'])
+        text = rng.choice([text[:at] + junk + text[at:], text[:at] + junk + text[at + 3:], text + text[at:to],
+                           text[:at] + junk + text[to:], text[:to]])
+    return text
+
+
+def check_bounds(text):
+    boxes = parse_boxes(text)
+    masks = scene()
+    moments = parse_moments(text, 8, 2.0)
+    terms = vos_rewards(text, masks, dict.fromkeys(range(8), boxes), masks.any(0))
+    assert all(math.isfinite(value) for value in terms.values()), text[:200]
+    assert 0 <= terms["base"] <= 1.6 + 1e-9
+    assert -0.4 <= terms["number"] <= 1.6                                            # 0.4 (7 - 8) at T=8
+    assert -1.4 * len(moments) <= terms["length"] <= 0 and -4 * len(moments) <= terms["overlap"] <= 0
+    assert all(0 <= terms[name] <= 1 for name in ("saliency", "alignment", "consistency"))
+    assert -16 / 4 <= terms["mismatch"] <= 0                                         # at most 16 boxes, O=2, halved
+    assert all(0 <= frame < 8 for frame in keyframes(moments)) and len(keyframes(moments)) <= 4
+    image = image_rewards(text, (1, 2, 30, 40), [(5, 6), (7, 8)])
+    assert all(0 <= image[name] <= most for name, most in dict(format=1, iou=1.4, box=1, point=1).items())
+    assert format_reward(text) in (0.0, 1.0)
+    for moment in moments:
+        moment.description.encode()                                                  # what a tokenizer will do
+    return len(keyframes(moments)) > 0
+
+
+def test_mangled_answers_never_raise_and_stay_within_bounds():
+    rng = random.Random(0)
+    useful = sum(check_bounds(mangled(rng)) for _ in range(2500))
+    assert 250 < useful < 2250                            # not all garbage, not all left whole
+
+
+@pytest.mark.parametrize("answer", [
+    "{" * 400_000, "}" * 400_000, "{}" * 50_000, '{"a":' * 80_000, "{" + "[" * 400_000 + "}",
+    '{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", '{"bbox_2d": [' * 30_000, '"bbox_2d"' + " " * 400_000,
+    "<answer>" * 50_000, "</think>" + " " * 400_000, (block("00:00.00", "00:04.00") + ",") * 5_000])
+def test_huge_answers_take_linear_time(answer):
+    began = time.perf_counter()
+    check_bounds(f"<think></think><answer>{answer}</answer>")
+    check_bounds(f"<think></think><answer>{answer}")
+    assert time.perf_counter() - began < 4                                           # a quadratic scan takes minutes
+
+
+# ------------------------------------------------------------------------- sound, images, length control
+
+
+def test_box_iou_is_inclusive():
+    iou = box_iou([(0, 0, 9, 9), (5, 5, 5, 5)], [(0, 0, 9, 9), (0, 0, 9, 4), (9, 9, 10, 10), (20, 20, 30, 30)])
+    assert iou == pytest.approx(np.array([[1, 50 / 100, 1 / 103, 0], [1 / 100, 0, 0, 0]]))
+    assert box_iou([], [(0, 0, 1, 1)]).shape == (0, 1)
+
+
+def test_mask_box_is_first_and_last_row_and_column():
+    mask = np.zeros((5, 7), dtype=bool)
+    assert mask_box(mask) is None
+    mask[1, 2] = mask[4, 6] = True
+    assert mask_box(mask) == (2, 1, 6, 4)
+
+
+def test_avs_reward():
+    assert avs_reward((0, 0, 9, 4), (0, 0, 9, 9)) == 0.5
+    assert avs_reward(None, (0, 0, 9, 9)) == avs_reward((0, 0, 9, 9), None) == avs_reward((), (0, 0, 9, 9)) == 0.0
+
+
+TRUE_BOX, TRUE_POINTS = (100, 100, 199, 199), [(120, 150), (180, 150)]
+
+
+def pointed(box, first, second, **more):
+    return json.dumps(dict(bbox_2d=box, points_1=first, points_2=second, **more))
+
+
+@pytest.mark.parametrize("answer, terms", [
+    (pointed([100, 100, 199, 199], [120, 150], [180, 150]), (1, 1.4, 1, 1)),
+    # IoU 80/100: 2 * 0.3 + 0.4. Corners off by 0, 0, 0, 20: 5 on average, 0.05 * 25 is over 1.
+    (pointed([100, 100, 199, 179], [120, 150], [180, 150]), (1, 1.0, 1, 1)),
+    # IoU 60 / 180: none. Corners off by (40 + 0 + 80 + 0) / 4 = 30: none.
+    (pointed([140, 100, 279, 199], [150, 150], [180, 150]), (1, 0, 0, 1)),
+    # Corners off by 20 each: 0.05 * 10 = 0.5; IoU 100 * 100 / 140 ** 2 = 0.5102: 0.4204.
+    # Both points are 80 off, which would earn 1, but below the box: none.
+    (pointed([80, 80, 219, 219], [120, 230], [180, 230]), (1, 2 * (1 / 1.96 - 0.5) + 0.4, 0.5, 0)),
+    (pointed([0, 0, 999, 999], [120, 250], [180, 290]), (1, 0, 0, 0.02 * (150 - 120))),  # off by 100 and 140
+    (pointed([0, 0, 999, 999], [180, 290], [120, 250]), (1, 0, 0, 0.02 * (150 - 120))),  # the same, swapped
+    (pointed([100, 100, 199, 199], [120, 150], [180, math.nan]), (0, 1.4, 1, 0)),
+    (pointed([100, 100, 199, 199], [120, 150], [180]), (0, 1.4, 1, 0)),
+    (pointed([100, 100, 199, 199], [120, 150], [180, 150], more=1), (0, 1.4, 1, 1)),
+    ("see " + pointed([100, 100, 199, 199], [120, 150], [180, 150]), (0, 1.4, 1, 1)),
+    (pointed([199, 199, 100, 100], [120, 150], [180, 150]), (0, 0, 0, 0)), ("", (0, 0, 0, 0)), ("[1]", (0, 0, 0, 0)),
+    (pointed([100, 100, True, 199], [120, 150], [180, 150]), (0, 0, 0, 0))])
+def test_image_rewards(answer, terms):
+    found = image_rewards(f"<think>a</think><answer>{answer}</answer>", TRUE_BOX, TRUE_POINTS)
+    assert found == pytest.approx(dict(zip(("format", "iou", "box", "point"), terms)))
+    unthought = image_rewards(f"<answer>{answer}</answer>", TRUE_BOX, TRUE_POINTS)
+    assert unthought == pytest.approx(found | dict(format=0))
+
+
+def test_image_iou_term_starts_above_one_half():
+    half = said().replace("[]", '{"bbox_2d": [100, 100, 199, 149]}')
+    assert image_rewards(half, TRUE_BOX, TRUE_POINTS)["iou"] == 0.0
+
+
+def test_length_bonus():
+    assert list(length_bonus([0.1, 0.2, 3.0, 3.0, 3.0], [400, 320, 750, 319, 751])) == [0, 1, 1, 0, 0]
+    assert list(length_bonus([0.0, 3.0], [400, 400])) == [0, 0]                      # one right answer alone: none
+
+
+# ------------------------------------------------------------------------------------------------ J and F
+
+
+def slow_f(pred, true):
+    """F of two masks [H, W] by the letter of the DAVIS definition: shifts, and a dilation by a disk in loops."""
+    height, width = pred.shape
+    radius = math.ceil(0.008 * math.hypot(height, width))
+
+    def lines(mask):
+        found = set()
+        for y, x in itertools.product(range(height), range(width)):
+            down, right = min(y + 1, height - 1), min(x + 1, width - 1)
+            if mask[y, x] != mask[down, x] or mask[y, x] != mask[y, right] or mask[y, x] != mask[down, right]:
+                found.add((y, x))
+        return found
+
+    def share(points, others):
+        near = {(y + dy, x + dx) for y, x in others for dy in range(-radius, radius + 1)
+                for dx in range(-radius, radius + 1) if dy * dy + dx * dx <= radius * radius}
+        return len(points & near) / len(points) if points else 1.0
+
+    p, t = lines(pred), lines(true)
+    precision, recall = share(p, t), share(t, p)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+@pytest.mark.parametrize("height, width", [(17, 23), (40, 250), (1, 9)])             # radius 1, 3, 1
+def test_j_and_f_against_loops(height, width):
+    rng = np.random.default_rng(0)
+    true = np.zeros((12, height, width), dtype=bool)
+    for mask in true:
+        y, x = rng.integers(0, height), rng.integers(0, width)
+        mask[y:y + rng.integers(1, height + 1), x:x + rng.integers(1, width + 1)] = True
+    pred = np.roll(true, (1, 2), (1, 2)) ^ (rng.random(true.shape) < 0.02)
+    true[0] = pred[1] = pred[2] = true[2] = False
+    true[3] = pred[4] = pred[5] = true[5] = pred[6] = True
+    true[6] = False
+    j = [(p & t).sum() / (p | t).sum() if (p | t).any() else 1.0 for p, t in zip(pred, true)]
+    assert region_similarity(pred, true) == pytest.approx(np.array(j))
+    assert boundary_accuracy(pred, true) == pytest.approx(np.array([slow_f(p, t) for p, t in zip(pred, true)]))
+    assert (boundary_accuracy(pred * np.uint8(255), true * 1) == boundary_accuracy(pred, true)).all()
+    assert (region_similarity(pred * np.uint8(255), true * 1) == region_similarity(pred, true)).all()
+
+
+def test_j_and_f_edge_cases():
+    empty, full, square = np.zeros((1, 20, 20), bool), np.ones((1, 20, 20), bool), np.zeros((1, 20, 20), bool)
+    square[0, 5:10, 5:10] = True
+    for pred, true, j, f in [(empty, empty, 1, 1), (full, full, 1, 1), (full, empty, 0, 1), (square, empty, 0, 0),
+                             (empty, square, 0, 0), (square, full, 25 / 400, 0), (square, square, 1, 1)]:
+        assert (region_similarity(pred, true)[0], boundary_accuracy(pred, true)[0]) == (j, f)
+    for metric in (region_similarity, boundary_accuracy):
+        with pytest.raises(ValueError, match=r"\(1, 20, 20\).*\(1, 20, 21\)"):
+            metric(empty, np.zeros((1, 20, 21), bool))
+
+
+def test_boundary_tolerance_follows_the_diagonal():
+    """At 256 x 256 the radius is ceil(0.008 * 362) = 3: a shift by 3 pixels costs nothing, one by 4 does."""
+    true = np.zeros((1, 256, 256), dtype=bool)
+    true[0, 100:150, 100:150] = True
+    assert boundary_accuracy(np.roll(true, 3, 2), true)[0] == 1.0
+    assert boundary_accuracy(np.roll(true, 4, 2), true)[0] < 1.0
+
+
+# ====================================================================================================================
+# model
+# ====================================================================================================================
+
+# ---- a Thinker in miniature, and prompts for it ------------------------------------------------------------------
+# Ids: 0 pad, 1 end, 2 sound, 3 image, 4 video, 5 and 6 vision brackets, 7 and 8 sound brackets, the rest is text.
+EOS, SOUND, IMAGE, VIDEO, SEE, SEEN, HEAR, HEARD, VOCAB = 1, 2, 3, 4, 5, 6, 7, 8, 97
+MEDIA = [SOUND, IMAGE, VIDEO, SEE, SEEN, HEAR, HEARD]
+
+
+def tiny_config(**changes):
+    settings = dict(
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4,
+                           spatial_merge_size=2, temporal_patch_size=2, window_size=16, out_hidden_size=64,
+                           fullatt_block_indexes=[1]),
+        audio_config=dict(num_mel_bins=8, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, d_model=16,
+                          output_dim=64, max_source_positions=64, n_window=8),
+        text_config=dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+                         rope_parameters=dict(rope_theta=10000.0, rope_type="default", mrope_section=[2, 3, 3])),
+        audio_token_index=SOUND, image_token_index=IMAGE, video_token_index=VIDEO, pad_token_id=0,
+        vision_start_token_id=SEE, vision_end_token_id=SEEN, audio_start_token_id=HEAR, audio_end_token_id=HEARD,
+        tie_word_embeddings=False)
+    return Qwen2_5OmniThinkerConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """transformers' model with random weights, large enough that attention is not flat, and its directory."""
+    torch.manual_seed(0)
+    model = Qwen2_5OmniThinkerForConditionalGeneration(tiny_config()).eval()
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.5 if "embed" in name else 1.5 * weight[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.3)
+    model.path = tmp_path_factory.mktemp("reference")
+    model.save_pretrained(model.path)
+    return model
+
+
+@pytest.fixture
+def thinker(reference):
+    return Thinker.from_pretrained(reference.path)
+
+
+def text(count, seed=0):
+    return torch.randint(9, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def inputs_of(kind, reference, seed=0):
+    """One prompt as data.py would hand it over, and the same for transformers."""
+    random = torch.Generator().manual_seed(seed)
+    grid = {"image": [[1, 8, 12]], "video": [[3, 8, 4]], "video with sound": [[3, 8, 4]]}.get(kind)
+    mel = torch.randn(8, 93, generator=random) if "sound" in kind else None  # 93 frames: 47, then 23 tokens
+    seen = [IMAGE if kind == "image" else VIDEO] * (torch.tensor(grid).prod() // 4 if grid else 0)
+    heard = [SOUND] * 23 if mel is not None else []
+    if kind == "video with sound":  # sound stands between the video's chunks of 2 s; the later video tokens follow
+        media = [SEE, HEAR, *interleaved(seen, heard), HEARD, SEEN]
+    else:
+        media = [SEE, *seen, SEEN] * bool(seen) + [HEAR, *heard, HEARD] * bool(heard)
+    ids = torch.tensor(text(7, seed) + media + text(6, seed + 1))
+    grid = torch.tensor(grid) if grid else None
+    patches = torch.randn(int(grid.prod()), 96, generator=random) if seen else None
+    theirs = dict(input_ids=ids[None], attention_mask=torch.ones(1, len(ids), dtype=torch.long))
+    if seen:
+        names = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
+        theirs |= dict(zip(names, (patches, grid)))
+    if heard:
+        theirs |= dict(input_features=mel[None], feature_attention_mask=torch.ones(1, 93, dtype=torch.long))
+    theirs |= dict(video_second_per_grid=torch.tensor([1.0])) if VIDEO in ids else {}
+    theirs |= dict(use_audio_in_video=True) if kind == "video with sound" else {}
+    positions = rope_index(reference, theirs)
+    return SimpleNamespace(ids=ids, positions=positions, patches=patches, grid=grid, mel=mel), theirs
+
+
+def interleaved(seen, heard):
+    """Chunks of 2 s: two of the three frame pairs (1 s each, 8 tokens) first, then all of the 0.9 s of sound."""
+    return seen[:16] + heard + seen[16:]
+
+
+def rope_index(reference, theirs):
+    index = getattr(reference, "model", reference)
+    index = index if hasattr(index, "get_rope_index") else reference
+    lengths = torch.tensor([93]) if "input_features" in theirs else None
+    if lengths is None and "image_grid_thw" not in theirs and "video_grid_thw" not in theirs:
+        return torch.arange(theirs["input_ids"].shape[1]).expand(3, -1)
+    return index.get_rope_index(theirs["input_ids"], theirs.get("image_grid_thw"), theirs.get("video_grid_thw"),
+                                theirs["attention_mask"], theirs.get("use_audio_in_video", False), lengths,
+                                theirs.get("video_second_per_grid"))[0][:, 0]
+
+
+KINDS = ["text", "image", "video", "sound", "video with sound"]
+
+
+def prompts_of(thinker, reference, kinds=KINDS):
+    return thinker.embed([inputs_of(kind, reference, seed)[0] for seed, kind in enumerate(kinds)])
+
+
+def full_logits(thinker, prompt, completion):
+    """Slow twin: one plain forward over prompt and completion -> the logits (C, V) that predict the completion."""
+    C = len(completion)
+    positions = torch.cat([prompt.positions, (prompt.positions.max() + 1 + torch.arange(C)).expand(3, -1)], dim=1)
+    whole = Prompt(torch.cat([prompt.ids, completion]), positions, prompt.slots, prompt.media)
+    logits = thinker.logits(whole)[-C - 1:-1].clone()
+    logits[:, MEDIA] = -torch.inf
+    return logits
+
+
+def gradients(thinker, loss):
+    thinker.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in thinker.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(a, b, tolerance=1e-4):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance * b[name].abs().max().item(),
+                                   msg=lambda text: f"{name}: {text}")
+
+
+# ---- against transformers ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_gradients_equal_transformers(reference, thinker, kind):
+    ours, theirs = inputs_of(kind, reference)
+    logits = thinker.logits(*thinker.embed([ours]))
+    expected = reference(**theirs, use_cache=False).logits[0]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    found = gradients(thinker, (logits * weights).mean())
+    assert not [name for name in found if name.startswith(("visual.", "audio_tower."))]
+    short = lambda name: name.replace("model.language_model.", "model.")  # where newer transformers keep it
+    wanted = {short(name): g for name, g in gradients(reference, (expected * weights).mean()).items()}
+    assert_same_gradients(found, {name: wanted[name] for name in found})
+
+
+def test_removing_the_sound_changes_the_logits(reference, thinker):
+    ours, _ = inputs_of("video with sound", reference)
+    heard = thinker.logits(*thinker.embed([ours]))
+    ours.mel = torch.zeros_like(ours.mel)
+    silent = thinker.logits(*thinker.embed([ours]))
+    first = (ours.ids == SOUND).nonzero()[0]
+    assert torch.equal(heard[:first], silent[:first])
+    assert (heard[-1] - silent[-1]).abs().max() > 1e-2
+
+
+def test_towers_run_once_for_a_list_and_stay_frozen(reference, thinker):
+    thinker.train()
+    assert not thinker.visual.training and not thinker.audio_tower.training
+    together = prompts_of(thinker, reference)
+    for seed, (kind, prompt) in enumerate(zip(KINDS, together)):
+        alone, = thinker.embed([inputs_of(kind, reference, seed)[0]])
+        torch.testing.assert_close(prompt.media, alone.media, rtol=1e-4, atol=1e-5)
+        assert torch.equal(prompt.slots, alone.slots) and not prompt.media.requires_grad
+
+
+def test_media_and_placeholders_must_agree(reference, thinker):
+    ours, _ = inputs_of("image", reference)
+    ours.ids[8] = 50
+    with pytest.raises(ValueError, match="prompt 1: 23 image or video placeholders, but 24"):
+        thinker.embed([inputs_of("text", reference)[0], ours])
+    ours, _ = inputs_of("sound", reference)
+    ours.mel = None
+    with pytest.raises(ValueError, match="prompt 0: 23 sound placeholders, but 0"):
+        thinker.embed([ours])
+    ours, _ = inputs_of("image", reference)
+    ours.ids[[8, -1]] = ours.ids[[-1, 8]]
+    with pytest.raises(ValueError, match="must end with a text token"):
+        thinker.embed([ours])
+
+
+# ---- log-probabilities -------------------------------------------------------------------------------------------
+
+def ragged(lengths, seed=0):
+    """Completions right-padded with the end id (G, C), and the mask of what counts."""
+    rows = [torch.tensor(text(length, seed + i)) for i, length in enumerate(lengths)]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=EOS), mask
+
+
+def slow_logprobs(thinker, prompts, completions, mask, temperature):
+    """Slow twin: every completion in a forward of its own, without its padding -> flat logp and entropy."""
+    logp, entropy = [], []
+    for prompt, row, keep in zip(prompts, completions, mask):
+        logits = full_logits(thinker, prompt, row[keep]) / temperature
+        scores = logits.log_softmax(-1)
+        logp.append(scores.gather(-1, row[keep][:, None])[:, 0])
+        entropy.append(torch.distributions.Categorical(logits=logits).entropy())
+    return torch.cat(logp), torch.cat(entropy)
+
+
+@pytest.mark.parametrize("kind", ["text", "video with sound"])
+def test_shared_prefix_equals_one_forward_per_completion(reference, thinker, kind):
+    prompt, = prompts_of(thinker, reference, [kind])
+    completions, mask = ragged([9, 1, 14, 6])
+    logp, entropy = thinker.logprobs(prompt, completions, temperature=0.7)
+    slow, slow_entropy = slow_logprobs(thinker, [prompt] * 4, completions, mask, 0.7)
+    torch.testing.assert_close(logp[mask], slow, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entropy[mask], slow_entropy.detach(), rtol=1e-3, atol=1e-4)
+    weights = torch.randn(len(slow))
+    assert_same_gradients(gradients(thinker, (logp[mask] * weights).sum()), gradients(thinker, (slow * weights).sum()))
+
+
+def test_forward_equals_one_forward_per_prompt(reference, thinker):
+    prompts = prompts_of(thinker, reference)
+    completions, mask = ragged([9, 1, 14, 6, 14])
+    logp, entropy = thinker(prompts, completions)
+    slow, slow_entropy = slow_logprobs(thinker, prompts, completions, mask, 1.0)
+    torch.testing.assert_close(logp[mask], slow, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(entropy[mask], slow_entropy.detach(), rtol=1e-3, atol=1e-4)
+    assert_same_gradients(gradients(thinker, logp[mask].sum()), gradients(thinker, slow.sum()))
+
+
+def test_padding_carries_no_gradient(reference, thinker):
+    prompt, = prompts_of(thinker, reference, ["image"])
+    completions, mask = ragged([5, 5])
+    longer = F.pad(completions, (0, 7), value=EOS)
+    plain = gradients(thinker, thinker.logprobs(prompt, completions)[0].sum())
+    padded = gradients(thinker, thinker.logprobs(prompt, longer)[0][:, :5].sum())
+    assert_same_gradients(padded, plain)
+
+
+def test_checkpointed_layers_give_equal_gradients(reference, thinker):
+    prompt, = prompts_of(thinker, reference, ["image"])
+    completions, mask = ragged([9, 4])
+    plain = gradients(thinker, thinker.logprobs(prompt, completions)[0][mask].sum())
+    thinker.gradient_checkpointing = True
+    assert_same_gradients(gradients(thinker, thinker.logprobs(prompt, completions)[0][mask].sum()), plain)
+    assert_same_gradients(gradients(thinker, thinker([prompt] * 2, completions)[0][mask].sum()), plain)
+
+
+def test_head_in_chunks_equals_the_whole():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(50, 16, requires_grad=True), torch.randn(VOCAB, 16, requires_grad=True)
+    targets, suppressed = torch.randint(9, VOCAB, (50,)), torch.tensor(MEDIA)
+    results = [(*token_logprobs(hidden, weight, targets, suppressed, 0.8, chunk), chunk) for chunk in (7, 50)]
+    for logp, entropy, _ in results:
+        assert not entropy.requires_grad and (logp < 0).all()
+    (a, ea, _), (b, eb, _) = results
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(ea, eb)
+    for x, y in zip(torch.autograd.grad(a.sum(), (hidden, weight)), torch.autograd.grad(b.sum(), (hidden, weight))):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    probs = (head_logits(hidden, weight, suppressed) / 0.8).softmax(-1)
+    assert (probs[:, MEDIA] == 0).all()
+    torch.testing.assert_close(probs.gather(1, targets[:, None])[:, 0].log(), a)
+
+
+# ---- generation --------------------------------------------------------------------------------------------------
+
+def slow_generate(thinker, prompt, n, steps, temperature, top_p, top_k, seed):
+    """Slow twin: a full forward per token, the same draws."""
+    generator, rows = torch.Generator().manual_seed(seed), torch.empty(n, 0, dtype=torch.long)
+    ended = torch.zeros(n, dtype=torch.bool)
+    for _ in range(steps):
+        logits = torch.stack([full_logits(thinker, prompt, F.pad(row, (0, 1)))[-1] for row in rows])
+        tokens = sample(logits, [generator], temperature, top_k, top_p)
+        rows, ended = torch.cat([rows, tokens[:, None]], dim=1), ended | (tokens == EOS)
+    return [row[:row.tolist().index(EOS) + 1] if EOS in row else row for row in rows]
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(0, 1.0, 0), (1.0, 1.0, 0), (1.3, 0.9, 20)])
+@torch.no_grad()
+def test_generation_equals_full_forwards_in_a_ragged_batch(reference, thinker, temperature, top_p, top_k):
+    prompts = prompts_of(thinker, reference, ["text", "video with sound", "image"])
+    found = thinker.generate(prompts, 3, 12, eos_ids={EOS}, temperature=temperature, top_p=top_p, top_k=top_k,
+                             seeds=[5, 6, 7])
+    for seed, prompt, group in zip([5, 6, 7], prompts, found):
+        wanted = slow_generate(thinker, prompt, 3, 12, temperature, top_p, top_k, seed)
+        assert [row.tolist() for row in group] == [row.tolist() for row in wanted]
+    assert (len({tuple(row.tolist()) for row in found[0]}) == 1) == (temperature == 0)
+
+
+@torch.no_grad()
+def test_a_prompts_samples_do_not_depend_on_the_batch(reference, thinker, monkeypatch):
+    prompts = prompts_of(thinker, reference)
+    together = thinker.generate(prompts, 2, 20, eos_ids={EOS}, seeds=[3, 4, 5, 6, 7])
+    monkeypatch.setattr(model_file, "PREFILL_TOKENS", 64)
+    again = thinker.generate(prompts[::-1], 2, 20, eos_ids={EOS}, seeds=[7, 6, 5, 4, 3])[::-1]
+    alone = [thinker.generate([p], 2, 20, eos_ids={EOS}, seeds=[s])[0] for s, p in enumerate(prompts, 3)]
+    for a, b, c in zip(together, again, alone):
+        assert [x.tolist() for x in a] == [x.tolist() for x in b] == [x.tolist() for x in c]
+
+
+def test_prefill_batches_keep_the_limit(monkeypatch):
+    monkeypatch.setattr(model_file, "PREFILL_TOKENS", 100)
+    assert prefill_batches([50, 10, 120, 40, 50]) == [[1, 3], [0, 4], [2]]
+
+
+@torch.no_grad()
+def test_what_is_sampled_is_what_is_scored(reference, thinker):
+    prompt, = prompts_of(thinker, reference, ["image"])
+    group, = thinker.generate([prompt], 4, 30, eos_ids=set(), seeds=[1])
+    completions = torch.stack(group)
+    assert completions.shape == (4, 30) and not torch.isin(completions, torch.tensor(MEDIA)).any()
+    logp, entropy = thinker.logprobs(prompt, completions)
+    assert logp.isfinite().all() and (entropy > 0).all()
+    # Averaged over samples, -logp estimates the entropy.
+    assert abs(-logp.mean() - entropy.mean()) < 0.3
+
+
+@torch.no_grad()
+def test_generation_stops_at_an_end_token(reference, thinker):
+    prompt, = prompts_of(thinker, reference, ["text"])
+    free, = thinker.generate([prompt], 1, 40, eos_ids=set(), temperature=0)[0]
+    ends = {free[9].item(), free[20].item()}
+    first = next(i for i, token in enumerate(free.tolist()) if token in ends)
+    calls = []
+    thinker.model.norm.register_forward_hook(lambda *_: calls.append(1))
+    row, = thinker.generate([prompt], 1, 40, eos_ids=ends, temperature=0)[0]
+    assert row.tolist() == free[:first + 1].tolist() and row.dtype == torch.int64
+    assert len(calls) == 1 + 8 * (first // 8 + 1)  # one prefill, then steps up to the next look
+
+
+@torch.no_grad()
+def test_media_ids_are_never_sampled(reference, thinker):
+    thinker.lm_head.weight[MEDIA] *= 100  # without suppression these would win about every other step
+    prompt, = prompts_of(thinker, reference, ["text"])
+    drawn = torch.cat(thinker.generate([prompt], 16, 16, eos_ids=set(), temperature=2.0, seeds=[0])[0])
+    assert not torch.isin(drawn, torch.tensor(MEDIA)).any()
+    torch.manual_seed(8)
+    a = thinker.generate([prompt], 1, 16, eos_ids=set())[0][0]
+    torch.manual_seed(8)
+    assert torch.equal(a, thinker.generate([prompt], 1, 16, eos_ids=set())[0][0])
+
+
+def test_top_k_and_top_p():
+    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    assert truncate(probs.clone(), 0, 1.0).equal(probs)
+    assert truncate(probs, 2, 1.0).equal(torch.tensor([[0, 0.4, 0, 0.3]]))
+    assert (truncate(probs, 0, 0.5) > 0).tolist() == [[False, True, False, True]]  # 0.4 alone falls short of 0.5
+    assert (truncate(probs, 0, 1e-6) > 0).sum() == 1
+    assert (truncate(probs, 3, 0.75) > 0).sum() == 2  # 0.7 of the kept 0.9 is more than 0.75
+    logits = probs.log().expand(20000, -1)
+    drawn = sample(logits, [torch.Generator().manual_seed(0)], 1.0, 0, 1.0)
+    torch.testing.assert_close(drawn.bincount() / 20000, probs[0], rtol=0, atol=0.015)
+    drawn = sample(logits, [torch.Generator().manual_seed(0)], 0.5, 3, 1.0)
+    wanted = torch.tensor([0, 16, 4, 9]) / 29  # squares of 0.4, 0.2, 0.3
+    torch.testing.assert_close(drawn.bincount(minlength=4) / 20000, wanted, rtol=0, atol=0.015)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+def test_our_directory_loads_in_transformers(reference, thinker, tmp_path):
+    for size in ("5GB", "100KB"):
+        thinker.save_pretrained(tmp_path / size, max_shard_size=size)
+        theirs, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            tmp_path / size, output_loading_info=True)
+        assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        _, example = inputs_of("video with sound", reference)
+        wanted = reference(**example, use_cache=False).logits
+        torch.testing.assert_close(theirs.eval()(**example, use_cache=False).logits, wanted, rtol=0, atol=0)
+        ours = Thinker.from_pretrained(tmp_path / size)
+        assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), thinker.state_dict().values()))
+    assert (tmp_path / "100KB" / "model.safetensors.index.json").is_file()
+
+
+def test_a_loaded_model_trains_only_its_language_model(thinker):
+    trained = {name.split(".")[0] for name, weight in thinker.named_parameters() if weight.requires_grad}
+    assert trained == {"model", "lm_head"}
+    assert not [name for name, buffer in thinker.named_buffers() if buffer.is_meta]
+
+
+def test_tied_embeddings_survive(tmp_path):
+    thinker = Thinker(tiny_config(tie_word_embeddings=True))
+    thinker.save_pretrained(tmp_path, {name: tensor.clone() for name, tensor in thinker.state_dict().items()})
+    loaded = Thinker.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight and loaded.dtype == torch.bfloat16
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    _, info = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@pytest.fixture
+def omni(thinker, tmp_path):
+    """The released layout in miniature: nested config in its old spelling, prefixed weights in shards, a talker."""
+    path = tmp_path / "omni"
+    thinker.save_pretrained(tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    config["text_config"] |= {"rope_theta": 10000.0, "rope_scaling": {
+        "mrope_section": config["text_config"].pop("rope_parameters")["mrope_section"], "rope_type": "default",
+        "type": "default"}}
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({
+        "model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniModel"], "thinker_config": config,
+        "talker_config": {"model_type": "qwen2_5_omni_talker"}}))
+    weights = {f"thinker.{name}": tensor for name, tensor in load_file(tmp_path / "plain/model.safetensors").items()}
+    names = sorted(weights)
+    shards = {"model-00001-of-00003.safetensors": {name: weights[name] for name in names[::2]},
+              "model-00002-of-00003.safetensors": {name: weights[name] for name in names[1::2]},
+              "model-00003-of-00003.safetensors": {"talker.x": torch.ones(2), "token2wav.y": torch.ones(2)}}
+    for file, shard in shards.items():
+        save_file(shard, path / file)
+    weight_map = {name: file for file, shard in shards.items() for name in shard}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+def test_the_released_layout_loads(reference, thinker, omni):
+    loaded = Thinker.from_pretrained(omni)
+    ours, theirs = inputs_of("video with sound", reference)
+    logits = loaded.logits(*loaded.embed([ours]))
+    torch.testing.assert_close(logits, reference(**theirs, use_cache=False).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def edit_config(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def drop_thinker_weights(path):
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {"talker.x": "model-00003-of-00003.safetensors"}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("breakage, error, message", [
+    (shutil.rmtree, FileNotFoundError, "hf download Qwen/Qwen2.5-Omni-7B --local-dir"),
+    (lambda path: (path / "config.json").unlink(), FileNotFoundError, "holds no config.json"),
+    (lambda path: (path / "config.json").write_text('{"model_type": "qwen2_5_omni_talker"}'), ValueError,
+     "describes a qwen2_5_omni_talker model; expected qwen2_5_omni"),
+    (lambda path: (path / "config.json").write_text('{"model_type": "qwen2_5_omni"}'), ValueError,
+     "thinker_config"),
+    (lambda path: (path / "model.safetensors.index.json").unlink(), FileNotFoundError, "holds no weights"),
+    (lambda path: (path / "model-00002-of-00003.safetensors").unlink(), FileNotFoundError, "00002-of-00003.*missing"),
+    (drop_thinker_weights, ValueError, r"lacks \d+ of the Thinker's weights, the first is "),
+    (lambda path: save_file({"thinker.extra": torch.ones(1)}, path / "model-00003-of-00003.safetensors"), ValueError,
+     "does not have: extra"),
+])
+def test_broken_directories_are_refused_in_one_line(omni, breakage, error, message):
+    breakage(omni)
+    with pytest.raises(error, match=message) as caught:
+        Thinker.from_pretrained(omni)
+    assert str(omni) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ====================================================================================================================
+# SAM2
+# ====================================================================================================================
+
+SAM2 = ("toy/sam2/config.yaml", "toy/sam2/model.pt")
+
+# Boxes by frame, [x1, y1, x2, y2] in pixels: the object's own numbers do not matter here, only who is prompted when.
+PROMPTS = [((0, 0),), ((0, 3),), ((1, 3),), ((1, 7),), ((0, 2), (0, 5)), ((1, 0), (1, 6)), ((0, 1), (1, 4), (0, 6))]
+
+
+@pytest.fixture(scope="module")
+def tracker():
+    return Tracker.from_pretrained(*SAM2)
+
+
+def toy_prompts(index, split="test", T=8):
+    """A held-out scene's frames and objects prompted early, late and several times; boxes of empty masks are guesses."""
+    scene = toy_scene(split, index)
+    pictures = scene.pictures[:T]
+    objects = []
+    for prompts in PROMPTS:
+        boxes = {}
+        for o, t in prompts:
+            ys, xs = np.nonzero(scene.masks[o, t])
+            boxes[t] = (xs.min(), ys.min(), xs.max(), ys.max()) if len(xs) else (30.5, 40, 61, 70.25)
+        objects.append(boxes)
+    return Frames(lambda t: Image.fromarray(pictures[t]), range(len(pictures))), objects
+
+
+def predictor_logits(model, frames, objects, folder, monkeypatch):
+    """The slow way: SAM2's own video predictor, one object after the other."""
+    for t in range(len(frames)):
+        frames[t].save(folder / f"{t:05d}.jpg", format="png")             # it insists on the name, not on the format
+    # It rounds memories to bf16 and then counts on autocast; both ways are compared in float32 here.
+    monkeypatch.setattr(sam2_video_predictor, "torch", SimpleNamespace(**{**vars(torch), "bfloat16": torch.float32}))
+    state = model.init_state(str(folder))
+    for n, boxes in enumerate(objects):
+        for t, box in boxes.items():
+            model.add_new_points_or_box(state, frame_idx=t, obj_id=n, box=np.array(box, np.float32))
+    return torch.stack([logits[:, 0] for _, _, logits in model.propagate_in_video(state, start_frame_idx=0)], 1)    # [N, T, H, W]
+
+
+@torch.inference_mode()
+def tracker_logits(tracker, frames, objects):
+    """What `track` cuts at 0; toy frames have the size that the toy model sees, so boxes need no scaling."""
+    look = Lookout(tracker, frames, sorted({t for boxes in objects for t in boxes}))
+    boxes = [{t: np.array(box) for t, box in boxes.items()} for boxes in objects]
+    logits = torch.stack([logits for logits, _ in tracker.run(look, boxes, len(frames))], 1)
+    return F.interpolate(logits, (tracker.side, tracker.side), mode="bilinear")    # [N, T, H, W]
+
+
+def ious(a, b):
+    """IoU [N] of two sets of masks over all frames at once; 1 where both are empty."""
+    union = (a | b).sum((1, 2, 3))
+    return np.where(union > 0, (a & b).sum((1, 2, 3)) / np.maximum(union, 1), 1)
+
+
+@pytest.mark.parametrize("clip", [(0, "test", 8), (1, "long", 20)])
+def test_tracker_equals_the_predictor(tracker, tmp_path, monkeypatch, clip):
+    frames, objects = toy_prompts(*clip)
+    slow = predictor_logits(tracker.model, frames, objects, tmp_path, monkeypatch)
+    # A wrong time code moves the logits by 1e-3 only, far too little for the masks to show it.
+    torch.testing.assert_close(tracker_logits(tracker, frames, objects), slow, rtol=0, atol=1e-4)
+    masks = tracker.track(frames, objects)
+    assert masks.any() and ious(masks, slow.numpy() > 0).min() > 0.99
+
+
+def test_objects_do_not_see_each_other(tracker, monkeypatch):
+    frames, objects = toy_prompts(2)
+    together = tracker.track(frames, objects)
+    order = [4, 2, 6, 0, 2]                                               # another order, one twice, some missing
+    assert ious(tracker.track(frames, [objects[n] for n in order]), together[order]).min() > 0.99
+    monkeypatch.setattr("segment.BATCH", 2)
+    monkeypatch.setattr("segment.AHEAD", 3)
+    assert ious(tracker.track(frames, objects), together).min() > 0.99
+
+
+def test_masks_have_the_size_of_the_source(tracker):
+    frames, objects = toy_prompts(3)
+    wide = Frames(lambda t: frames[t].resize((320, 192)), range(len(frames)))
+    stretched = [{t: np.array(box) * (2.5, 1.5, 2.5, 1.5) for t, box in boxes.items()} for boxes in objects]
+    masks = tracker.track(wide, stretched)
+    assert masks.shape == (len(objects), len(frames), 192, 320) and masks.dtype == bool
+    assert tracker.track(wide, []).shape == (0, len(frames), 192, 320)
+    assert abs(masks.mean() / tracker.track(frames, objects).mean() - 1) < 0.1
+
+
+def test_gradients_reach_the_prompt_through_memory(tracker):
+    pictures = torch.randn(3, 3, tracker.side, tracker.side, requires_grad=True)
+    levels = tracker.encode(pictures)
+    run = tracker.run(lambda objects, times: [level[list(times)] for level in levels], [{2: np.array([20, 20, 60, 60])}], 3)
+    logits, scores = next(run)                                            # of frame 0, prompted on frame 2
+    scores.sum().backward()
+    assert pictures.grad[0].any() and pictures.grad[2].any() and not pictures.grad[1].any()
+
+
+@pytest.mark.parametrize("objects", [[{0: (1, 1, 9, 9)}, {}], [{99: (1, 1, 9, 9)}]])
+def test_prompts_off_the_clip_are_refused(tracker, objects):
+    frames, _ = toy_prompts(0)
+    with pytest.raises(ValueError, match=rf"object {len(objects) - 1} needs boxes on frames 0 to 7"):
+        tracker.track(frames, objects)
+
+
+def test_wrong_files_are_named(tmp_path):
+    config, weights = SAM2
+    (tmp_path / "bad.yaml").write_text("model: {image_size: 128}")
+    torch.save({"model": {"image_encoder.weight": torch.zeros(1)}}, tmp_path / "other.pt")
+    (tmp_path / "torn.pt").write_bytes(b"PK torn")
+    for kind, files, words in [
+            (FileNotFoundError, ("sam2.1_hiera_xl", weights), "no such SAM2 config: sam2.1_hiera_xl .*sam2.1_hiera_l"),
+            (FileNotFoundError, (config, tmp_path / "none.pt"), "no such file of SAM2 weights: .*none.pt"),
+            (ValueError, (tmp_path / "bad.yaml", weights), "not a SAM2 config.*bad.yaml"),
+            (ValueError, (config, tmp_path / "other.pt"), "not the SAM2 weights of config .*other.pt"),
+            (ValueError, (config, tmp_path / "torn.pt"), "not the SAM2 weights of config .*torn.pt")]:
+        with pytest.raises(kind, match=words) as caught:
+            Tracker.from_pretrained(*files)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="not a SAM 2.1 model, it differs in: add_tpos_enc"):
+        Tracker(build_sam2("configs/sam2/sam2_hiera_t.yaml"))
+
+
+# ====================================================================================================================
+# GRPO and the programs
+# ====================================================================================================================
+
+ROOT = Path(__file__).parent
+
+# ------------------------------------------------------------------------------------------------ the algorithm
+
+
+def test_advantages_by_hand():
+    rewards = [1, 2, 3, 6] + [5, 5, 5, 5]                      # means 3 and 5; unbiased std of the first: sqrt(14 / 3)
+    std = math.sqrt(14 / 3) + 1e-4
+    expected = [-2 / std, -1 / std, 0, 3 / std, 0, 0, 0, 0]
+    assert group_advantages(rewards, 4).tolist() == pytest.approx(expected, abs=1e-6)
+    assert group_advantages(rewards, 4, scale=False).tolist() == [-2, -1, 0, 3, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rewards, size", [([1.0, 2.0], 1), ([1.0, 2.0, 3.0], 2)])
+def test_advantages_refuse_groups_of_one_and_broken_groups(rewards, size):
+    with pytest.raises(ValueError, match="group"):
+        group_advantages(rewards, size)
+
+
+def test_divergences_by_hand_and_in_expectation():
+    logp, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+    assert kl_divergence(logp, ref, "k1").tolist() == [0.5, -1.0]
+    assert kl_divergence(logp, ref, "k2").tolist() == [0.125, 0.5]
+    assert kl_divergence(logp, ref, "k3").tolist() == pytest.approx([math.exp(-0.5) - 0.5, math.e - 2])
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    true = (p * (p / q).log()).sum()
+    for kind in ("k1", "k3"):                                  # both are unbiased; their mean over p is the divergence
+        assert (p * kl_divergence(p.log(), q.log(), kind)).sum() == pytest.approx(float(true), rel=1e-5)
+
+
+def test_divergence_keeps_its_gradient_far_from_the_reference():
+    logp = torch.tensor([-30.0], requires_grad=True)
+    kl_divergence(logp, torch.tensor([-1.0]))[0].backward()
+    assert logp.grad[0] < -1e9                                 # 1 - exp(29)
+
+
+def loss_by_loops(logp, A, mask, old, ref, *, beta, clip_low, clip_high, ratio, average, longest):
+    """The slow twin: one token at a time."""
+    total, n = 0.0, len(A)
+    for i in range(n):
+        tokens = [t for t in range(mask.shape[1]) if mask[i, t]]
+        mean_log = np.mean([logp[i, t] - old[i, t] for t in tokens])
+        for t in tokens:
+            r = math.exp(mean_log if ratio == "sequence" else logp[i, t] - old[i, t])
+            gain = min(r * A[i], min(max(r, 1 - clip_low), 1 + clip_high) * A[i])
+            d = ref[i, t] - logp[i, t]
+            weight = {"completion": 1 / len(tokens) / n, "token": 1 / mask.sum(), "constant": 1 / n / longest}[average]
+            total -= weight * (gain - beta * (math.exp(d) - d - 1))
+    return total
+
+
+def random_group(seed=0, G=5, C=7):
+    rng = np.random.default_rng(seed)
+    old, moved, other = (rng.normal(-1, 0.5, (G, C)) for _ in range(3))
+    mask = (np.arange(C) < rng.integers(1, C + 1, G)[:, None]).astype(float)
+    return old + 0.3 * moved, rng.normal(size=G), mask, old, other
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("average", ["completion", "token", "constant"])
+def test_loss_against_loops(ratio, average):
+    group = random_group()
+    options = dict(beta=0.04, clip_low=0.2, clip_high=0.28, ratio=ratio, average=average, longest=9)
+    loss, _ = policy_loss(*(torch.tensor(x) for x in group), **options)
+    assert loss.item() == pytest.approx(loss_by_loops(*group, **options), rel=1e-9)
+
+
+def test_groups_with_totals_add_up_to_the_batch():
+    logp, A, mask, old, ref = (torch.tensor(x) for x in random_group())
+    for average in ("completion", "token", "constant"):
+        options = dict(average=average, longest=9)
+        whole, _ = policy_loss(logp, A, mask, old, ref, **options)
+        parts = [policy_loss(logp[s], A[s], mask[s], old[s], ref[s], totals=(5, int(mask.sum())), **options)[0] for s in (slice(0, 2), slice(2, 5))]
+        assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-9)
+
+
+def test_first_update_has_ratio_one_and_the_policy_gradient():
+    logp, A, mask, _, _ = (torch.tensor(x) for x in random_group())
+    logp.requires_grad_()
+    loss, sums = policy_loss(logp, A, mask, beta=0.0)
+    loss.backward()
+    lengths = mask.sum(1, keepdim=True)
+    assert torch.allclose(logp.grad, -A[:, None] * mask / lengths / len(A))
+    assert loss.item() == pytest.approx(-A.mean().item()) and sums["clipped_low"] == sums["clipped_high"] == 0
+
+
+def test_clipping_stops_gradients_beyond_the_bounds_only_when_they_would_go_on():
+    logp = torch.log(torch.tensor([[1.5], [1.5], [0.5], [0.5]])).requires_grad_()      # ratios, as old_logp is 0
+    loss, sums = policy_loss(logp, torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.ones(4, 1), torch.zeros(4, 1), beta=0.0,
+                             clip_low=0.2, clip_high=0.2)
+    loss.backward()
+    assert (logp.grad[:, 0] != 0).tolist() == [False, True, True, False]
+    assert (sums["clipped_low"], sums["clipped_high"]) == (1, 1)
+
+
+# ------------------------------------------------------------------------------------------------ the two systems
+
+
+@pytest.fixture(scope="module")
+def systems():
+    policy = Thinker.from_pretrained(TOY_POLICY)
+    return Systems(policy, policy, Processor(TOY_POLICY), Tracker.from_pretrained(find_config(TOY_SAM2), TOY_SAM2))
+
+
+def test_shipped_thinker_grounds_visible_things_by_name(systems):
+    rng, asked, truth = np.random.default_rng(1), [], []
+    for index in range(1000, 1040):
+        scene = toy_scene("test", index)
+        t = int(rng.integers(len(scene.pictures)))
+        for thing, mask in zip(scene.things, scene.masks[:, t]):
+            if mask.sum() >= 30:
+                asked.append((index, t, thing.name))
+                truth.append(mask_box(mask))
+    clips = {index: toy_clip("test", index) for index, _, _ in asked}
+    boxes = ground(systems.reference, systems.processor, [clips[i] for i, _, _ in asked], [[{t: name}] for _, t, name in asked])
+    ious = [box_iou(found[t], [true])[0, 0] if found[t] else 0 for (found,), (_, t, _), true in zip(boxes, asked, truth)]
+    assert np.mean(ious) >= 0.8
+
+
+def test_grounding_asks_equal_questions_once_and_answers_each(systems, monkeypatch):
+    clips, asked = [toy_clip("test", 0), toy_clip("test", 1)], []
+    generate = systems.reference.generate
+    monkeypatch.setattr(systems.reference, "generate", lambda prompts, *a, **k: asked.append(len(prompts)) or generate(prompts, *a, **k))
+    chosen = [[{0: "red circle"}, {0: "red circle", 3: "blue circle"}, {}], [{0: "red circle"}, {}, {}]]
+    boxes = ground(systems.reference, systems.processor, clips, chosen)
+    assert asked == [3] and [[list(found) for found in group] for group in boxes] == [[[0], [0, 3], []], [[0], [], []]]
+    assert boxes[0][0][0] == boxes[0][1][0]
+    alone = systems.processor.image_inputs(grounding_prompt("blue circle"), clips[0].frames[3])
+    (ids,), = generate(systems.reference.embed([alone]), 1, 128, eos_ids=systems.processor.eos_ids, temperature=0.0)
+    assert boxes[0][1][3] == parse_boxes(systems.processor.decode(ids))
+
+
+def test_boxes_are_mapped_back_with_their_own_scale_and_stay_in_the_picture():
+    assert to_source((10, 20, 30, 40), (2.0, 3.0), (100, 200)) == (20, 60, 60, 99)
+    assert to_source((-5, 0, 1e6, 10), (1.0, 1.0), (100, 200)) == (0, 0, 199, 10)
+
+
+def test_a_groups_masks_are_those_of_one_call_per_completion(systems):
+    clip = toy_clip("test", 2)
+    true = [mask_box(m) for m in clip.masks[0]]
+    frames = [t for t, box in enumerate(true) if box][:3]
+    boxes = [{frames[0]: [tuple(map(float, true[frames[0]]))]}, {t: [tuple(map(float, true[t]))] for t in frames},
+             {}, {frames[1]: [(5.0, 5.0, 40.0, 40.0), tuple(map(float, true[frames[1]]))]}]
+    together = track_group(systems.tracker, clip, boxes)
+    assert not together[2].any() and together[0].any()
+    for found, mask in zip(boxes, together):
+        alone = track_group(systems.tracker, clip, [found])[0]
+        assert (alone & mask).sum() >= 0.99 * (alone | mask).sum()
+
+
+def test_collect_follows_the_paper_and_depends_on_nothing_but_clip_and_seed(systems):
+    settings = train.read_settings(["--group", "4"])
+    clips = [toy_clip("train", i) for i in (3, 4)]
+    groups = collect(systems, clips, [11, 12], settings, Stopwatch())
+    (alone,) = collect(systems, clips[1:], [12], settings, Stopwatch())
+    assert alone.texts == groups[1].texts and np.allclose(alone.rewards, groups[1].rewards)
+    for group in groups:
+        assert len(group.texts) == len(group.terms) == 4 and group.mask.shape == group.completions.shape
+        assert group.advantages.sum().abs() < 1e-4
+        assert np.allclose(group.rewards, total_rewards(group.terms, group.mask.sum(1).tolist(), settings))
+        logp, _ = systems.policy.logprobs(group.prompt, group.completions)
+        assert torch.isfinite(logp).all()
+
+
+# ------------------------------------------------------------------------------------------------ the programs
+
+
+def run(*arguments, processes=0):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29611"] if processes else []
+    return subprocess.run([sys.executable, *launcher, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_update_as_one(tmp_path, monkeypatch):
+    common = [ROOT / "train.py", "--steps", "2", "--batch", "4", "--group", "4", "--threads", "1", "--updates", "2", "--average", "token"]
+    rows = {}
+    for name, processes in (("one", 0), ("two", 2)):
+        monkeypatch.chdir(tmp_path)
+        done = run(*common, "--name", name, processes=processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows[name] = [json.loads(line) for line in open(tmp_path / f"out/{name}/metrics.jsonl")]
+    for one, two in zip(rows["one"], rows["two"]):
+        for key in ("reward", "loss", "kl", "entropy", "gradient_norm", "length", "tokens"):
+            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
+    one, two = (load_file(tmp_path / f"out/{name}/policy/model.safetensors") for name in ("one", "two"))
+    start = load_file(Path(TOY_POLICY) / "model.safetensors")
+    assert any((one[k] - start[k].float()).abs().max() > 1e-4 for k in one)                       # it did learn something
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+    assert (tmp_path / "out/two/curves.png").stat().st_size > 1000
+
+
+def test_without_a_learning_rate_nothing_is_learned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(ROOT / "train.py", "--steps", "1", "--batch", "2", "--group", "2", "--lr", "0", "--threads", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    after, before = (load_file(Path(p) / "model.safetensors") for p in (tmp_path / "out/run/policy", TOY_POLICY))
+    assert all(torch.equal(after[k], before[k].float()) for k in before)
+    row = json.loads(open(tmp_path / "out/run/metrics.jsonl").readline())
+    assert {"base", "number", "length", "overlap", "saliency", "alignment", "mismatch", "consistency", "format", "malformed", "reward",
+            "equal_groups", "kl", "entropy", "clipped_low", "clipped_high", "seconds", "memory_gb"} <= set(row)
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["train.py", "--learning_rate", "1"], "--learning_rate"), (["train.py", "--lr", "fast"], "fast"),
+    (["train.py", "--policy", "nowhere"], "nowhere"), (["train.py", "--sam2_weights", "nowhere.pt"], "nowhere"),
+    (["train.py", "--data", "coco"], "coco"), (["train.py", "--kl", "k4"], "k4"),
+    (["eval.py", "--bench", "coco"], "coco"), (["eval.py", "--policy", "nowhere"], "nowhere"),
+    (["segment.py", "--video", "nowhere.mp4", "--query", "a"], "nowhere.mp4")])
+def test_programs_name_what_is_wrong_in_one_line(arguments, named, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    program = {"train.py": train.main, "eval.py": evaluation.main, "segment.py": segment_main}[arguments[0]]
+    with pytest.raises(SystemExit) as stop:
+        program(arguments[1:])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and named in lines[-1] and "error" in lines[-1]
+
+
+def segment_main(arguments):
+    import segment
+    segment.main(arguments)
+
+
+def test_segment_writes_masks_at_the_videos_own_size(tmp_path):
+    clip = toy_clip("test", 5)
+    (tmp_path / "frames").mkdir()
+    for t in range(len(clip.frames)):
+        clip.frames[t].resize((200, 150)).save(tmp_path / "frames" / f"{t}.png".zfill(9))
+    segment_main(["--video", str(tmp_path / "frames"), "--query", clip.query, "--out", str(tmp_path / "out")])
+    answer = json.loads((tmp_path / "out/answer.json").read_text())
+    assert {"reasoning", "answer", "keyframes", "query"} <= set(answer)
+    from PIL import Image
+    masks = sorted((tmp_path / "out/masks").iterdir())
+    assert len(masks) == len(clip.frames) and Image.open(masks[0]).size == (200, 150)
+    assert Image.open(tmp_path / "out/overlay.webp").n_frames > 1
+
+
+def test_evaluation_scores_as_the_metrics_say(systems, tmp_path):
+    clips = [toy_clip("test", i) for i in range(3)]
+    found = segment(systems.policy, systems.policy, systems.processor, systems.tracker, clips, 64)
+    evaluation.main(["--clips", "3", "--out", str(tmp_path), "--max_new_tokens", "64", "--device", "cpu"])
+    report = json.loads((tmp_path / "results.json").read_text())
+    for clip, (text, chosen, boxes, masks), row in zip(clips, found, report["clips"]):
+        true = clip.masks.any(0)
+        J = [1.0 if not (m | t).any() else (m & t).sum() / (m | t).sum() for m, t in zip(masks, true)]
+        assert row["text"] == text and row["J"] == pytest.approx(np.mean(J)) and row["keyframes"] == list(chosen)
+        if true.any() and chosen:
+            assert row["visible"] == pytest.approx(np.mean([true[t].any() for t in chosen]))
+    assert report["summary"]["overall"]["J"] == pytest.approx(np.mean([r["J"] for r in report["clips"]]))
+
+
+def test_paired_difference_by_hand():
+    rows = [dict(clip=str(i), **{"J&F": v}) for i, v in enumerate((0.5, 0.7, 0.9))]
+    others = [dict(clip=str(i), **{"J&F": v}) for i, v in enumerate((0.4, 0.4, 0.4))]
+    mean, half = evaluation.paired_difference(rows, others)
+    assert mean == pytest.approx(0.3) and half == pytest.approx(1.96 * 0.2 / math.sqrt(3))
+    with pytest.raises(ValueError, match="same clips"):
+        evaluation.paired_difference(rows, others[:2])
