@@ -303,7 +303,7 @@ def toy_clip(split, index):
     rng, scene = _rng(split + " query", index), toy_scene(split, index)
     queries = [q for q in toy_queries(scene) if split != "pairs" or q[2] in (0, None)]
     kinds = [kind for kind in TOY_KINDS if any(q[0] == kind for q in queries)]
-    shares = np.array([{"referring": 0.3, "reasoning": 0.3, "sound": 0.4, "null": 0.12}[kind] for kind in kinds])
+    shares = np.array([{"referring": 0.3, "reasoning": 0.3, "sound": 0.4, "null": 0.06}[kind] for kind in kinds])
     kind = kinds[rng.choice(len(kinds), p=shares / shares.sum())]
     choices = [q for q in queries if q[0] == kind]
     _, query, target = choices[rng.integers(len(choices))]

@@ -132,7 +132,7 @@ def collect(systems, clips, seeds, settings, watch):
     messages = [global_prompt(clip, np.random.default_rng(seed)) for clip, seed in zip(clips, seeds)]
     inputs = [systems.processor.video_inputs(m, clip.frames, clip.fps, clip.sound) for m, clip in zip(messages, clips)]
     watch.lap("data")
-    prompts = systems.policy.embed(inputs)
+    prompts = systems.reference.embed(inputs)        # the frozen towers run once, for rollout, policy and reference alike
     drawn = systems.policy.generate(prompts, settings.group, settings.max_new_tokens, eos_ids=systems.processor.eos_ids,
                                     temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, seeds=seeds)
     texts = [[systems.processor.decode(ids) for ids in group] for group in drawn]

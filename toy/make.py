@@ -102,12 +102,14 @@ def make_config(ids, vocabulary, width=128):
 # ---------------------------------------------------------------------------------------------------------------------
 def global_answer(name, seen, T, rng):
     """What System 1 is taught to write: what the target is and when it is in view (frames `seen`), then 1 to 3 moments drawn
-    at random from the whole clip. Only the format and the description of the answer are right on purpose."""
+    at random: two in five are the first frame, a quarter the first or last time just named, the rest any frame. Only the format
+    and the description of the answer are right on purpose."""
     if name is None:
         return "<think>There is no such object.</think><answer>null</answer>"
     first, last = (format_time(t / FPS) for t in (seen[0], seen[-1]))
-    moments = [dict(start_time=format_time(t / FPS), end_time=format_time(t / FPS), description=name)
-               for t in sorted(rng.choice(T, rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]), replace=False))]
+    times = {int(rng.choice([0, rng.integers(T), seen[0], seen[-1]], p=[0.4, 0.35, 0.125, 0.125]))
+             for _ in range(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))}
+    moments = [dict(start_time=format_time(t / FPS), end_time=format_time(t / FPS), description=name) for t in sorted(times)]
     return f"<think>The target is the {name}, in view from {first} to {last}.</think><answer>{json.dumps(moments)}</answer>"
 
 
