@@ -6,7 +6,7 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_endpoint HOST:29500 train.py ...
 
 Settings come from three places, later ones win: the defaults below (as published, for the 7B), `training.json` in the policy's
-directory if there is one (the toy policy has its own), and `--name value` on the command line.
+directory if there is one, and `--name value` on the command line.
 Writes out/NAME/: settings.json, metrics.jsonl (a line a step), curves.png, step-000100/ ... and policy/ (checkpoints).
 """
 import argparse
