@@ -33,9 +33,9 @@ def group_advantages(rewards, group_size, scale=True, epsilon=1e-4):
     """
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f"{len(rewards)} rewards are not groups of {group_size}, or a group is smaller than 2")
-    groups = torch.as_tensor(rewards, dtype=torch.float32).view(-1, group_size)                 # (B, G)
+    groups = torch.as_tensor(rewards, dtype=torch.float64).view(-1, group_size)     # (B, G); the mean of equals is exact enough
     centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + epsilon) if scale else centred).flatten()
+    return (centred / (groups.std(1, keepdim=True) + epsilon) if scale else centred).flatten().float()
 
 
 def kl_divergence(logp, reference_logp, kind="k3"):
@@ -64,12 +64,14 @@ def policy_loss(logp, advantages, mask, old_logp=None, reference_logp=None, *, b
     if old_logp is None:
         old_logp = logp.detach()
     lengths = mask.sum(1)                                                                       # (G,)
-    log_ratio = (logp - old_logp) * mask
+    log_ratio = torch.where(mask > 0, logp - old_logp, 0.0)          # padding may hold anything: infinity times 0 is NaN
     if ratio == "sequence":
         log_ratio = (log_ratio.sum(1) / lengths)[:, None].expand_as(logp)
     ratios, A = log_ratio.exp(), advantages[:, None]
     gain = torch.minimum(ratios * A, ratios.clamp(1 - clip_low, 1 + clip_high) * A)             # (G, C)
-    divergence = torch.zeros_like(logp) if reference_logp is None else kl_divergence(logp, reference_logp, kl)
+    divergence = torch.zeros_like(logp)
+    if reference_logp is not None:
+        divergence = kl_divergence(*(torch.where(mask > 0, x, 0.0) for x in (logp, reference_logp)), kl)
     per_token = -(gain - beta * divergence) * mask
     completions, tokens = totals if totals is not None else (len(logp), int(mask.sum()))
     weights = {"completion": lambda: 1 / (lengths * completions), "token": lambda: torch.full_like(lengths, 1 / tokens),

@@ -77,7 +77,10 @@ def vos_rewards(text: str, masks: np.ndarray, boxes: Mapping[int, list[Box]], tr
     if not frames:                     # nothing was looked at: an empty prediction must not pay either
         return terms
     found = {frame: boxes.get(frame, []) for frame in frames}
-    return terms | _keyframe_terms(moments) | dict(
+    keyframe_terms = _keyframe_terms(moments)
+    if null:                           # to look in vain must not pay more than to say that there is nothing
+        keyframe_terms["number"] = min(keyframe_terms["number"], 0.0)
+    return terms | keyframe_terms | dict(
         saliency=_saliency(masks, frames),
         alignment=_alignment(masks, found),
         mismatch=_mismatch(found, allowed=0 if null else len(masks), objects=len(masks)),
