@@ -34,6 +34,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniVisionEncoder,
 )
 
+VISION_PATCHES = 65536  # patches that the vision tower sees at once: bounds its activations (0.9 GB for an MLP of the 7B)
 PREFILL_TOKENS = 32768  # padded prompt tokens computed at once before generation: bounds its activations
 HEAD_TOKENS = 512  # tokens whose logits exist at once: 512 x 152064 x 4 B = 311 MB
 FINISH_CHECK = 8  # decode steps between two looks at whether every row has ended
@@ -114,18 +115,28 @@ class Cache:
         """One new token per row: q (B n, H, d), k and v (B n, K, d) -> (B n, H, d)."""
         (prefix_k, prefix_v), own = self.prefix[layer], self.own[layer]  # (B, K, P, d), (2, B, K, n, room, d)
         B, K, P, d = prefix_k.shape
-        q = q.view(B, self.n, K, -1, d).transpose(1, 2) * d ** -0.5  # (B, K, n, r, d)
+        q = q.view(B, self.n, K, -1, d).transpose(1, 2)  # (B, K, n, r, d)
         own[:, :, :, :, self.length] = torch.stack([k, v]).view(2, B, self.n, K, d).transpose(2, 3)  # the cache grows
         own_k, own_v = own[:, :, :, :, :self.length + 1]  # (B, K, n, c, d)
 
         # The queries of all n rows are folded into one matrix, so that the prefix is read once and not n times.
-        to_prefix = q.flatten(2, 3) @ prefix_k.mT  # (B, K, n r, P)
+        to_prefix = similarity(q.flatten(2, 3), prefix_k)  # (B, K, n r, P)
         to_prefix = to_prefix.masked_fill_(self.beyond, -torch.inf).unflatten(2, (self.n, -1))  # (B, K, n, r, P)
-        to_own = q @ own_k.mT  # (B, K, n, r, c)
-        weights = torch.cat([to_prefix, to_own], dim=-1).softmax(-1, dtype=torch.float32).to(q.dtype)
+        to_own = similarity(q, own_k)  # (B, K, n, r, c)
+        weights = torch.cat([to_prefix, to_own], dim=-1).softmax(-1).to(q.dtype)
         on_prefix, on_own = weights.split([P, self.length + 1], dim=-1)
         out = (on_prefix.flatten(2, 3) @ prefix_v).view(q.shape) + on_own @ own_v  # (B, K, n, r, d)
         return out.transpose(1, 2).reshape(B * self.n, -1, d)
+
+
+def similarity(q: Tensor, k: Tensor) -> Tensor:
+    """Scaled products (…, a, b), fp32, of q (…, a, d) and k (…, b, d). Rounded to bf16, as those of a plain matmul, they would
+    be off by up to 1/256 of themselves, and what is sampled would not be what is trained."""
+    if q.is_cuda:
+        product = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).view(*q.shape[:-1], -1)
+    else:
+        product = q.float() @ k.float().mT
+    return product * q.shape[-1] ** -0.5
 
 
 @dataclass
@@ -201,7 +212,9 @@ class LanguageModel(nn.Module):
         the backward pass."""
         rope = rotations(positions, self.config, x.dtype)
         for i, layer in enumerate(self.layers):
-            if recompute:
+            if isinstance(layout, Cache):  # the prefill has gathered the weights: FSDP's hooks would cost more than the layer
+                x = layer.forward(x, rope, layout, i)
+            elif recompute:
                 x = checkpoint(layer, x, rope, layout, i, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rope, layout, i)
@@ -341,12 +354,12 @@ class Thinker(nn.Module):
         given = [x for x in inputs if x.patches is not None]
         merged = self.config.vision_config.spatial_merge_size ** 2
         counts = [0 if x.patches is None else len(x.patches) // merged for x in inputs]
-        features = torch.empty(0, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)
-        if given:
-            patches = torch.cat([x.patches for x in given]).to(self.device, self.dtype)
-            grid = torch.cat([x.grid for x in given]).to(self.device)
-            features = self.visual(patches, grid_thw=grid).pooler_output
-        return features.split(counts)
+        features = [torch.empty(0, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)]
+        for part in in_batches(given, [len(x.patches) for x in given], VISION_PATCHES):
+            patches = torch.cat([x.patches for x in part]).to(self.device, self.dtype)
+            grid = torch.cat([x.grid for x in part]).to(self.device)
+            features.append(self.visual(patches, grid_thw=grid).pooler_output)
+        return torch.cat(features).split(counts)
 
     def hear(self, inputs: list) -> list[Tensor]:
         """Sound features of each prompt, [(tokens, D)]; a convolution and a pooling halve the mel frames each."""
@@ -500,6 +513,19 @@ class Thinker(nn.Module):
 def first_end(row: list[int], eos_ids: set[int]) -> int:
     """Length of a completion up to and including its first end token."""
     return next((i + 1 for i, token in enumerate(row) if token in eos_ids), len(row))
+
+
+def in_batches(items: list, sizes: list[int], most: int) -> list[list]:
+    """Consecutive items in batches whose sizes add up to at most `most` (a single larger item may exceed it)."""
+    batches, total = [], 0
+    for item, size in zip(items, sizes):
+        if batches and total + size <= most:
+            batches[-1].append(item)
+            total += size
+        else:
+            batches.append([item])
+            total = size
+    return batches
 
 
 def prefill_batches(lengths: list[int]) -> list[list[int]]:
