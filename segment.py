@@ -142,17 +142,20 @@ class Tracker:
 
     # -- one call, start to end ---------------------------------------------------------------------------------------
     @torch.inference_mode()
-    def track(self, frames, objects):
+    def track(self, frames, objects, unions=None):
         """Masks of N objects on all T frames, bool array [N, T, H, W] at source size; objects may overlap.
 
         frames  T pictures of one size, read as they are needed.
         objects  N dicts {frame index: (x1, y1, x2, y2) in source pixels}, at least one box each. ValueError if not.
+        unions  G lists of objects (by place in `objects`): then the masks are those of each list together, [G, T, H, W], and no
+                more than one frame's are held of every object.
         """
         T, (W, H) = len(frames), frames[0].size
         for n, boxes in enumerate(objects):
             if not boxes or not all(0 <= t < T for t in boxes):
                 raise ValueError(f"object {n} needs boxes on frames 0 to {T - 1}, not on {sorted(boxes)}")
-        masks = np.zeros((len(objects), T, H, W), bool)
+        unions = [[n] for n in range(len(objects))] if unions is None else unions
+        masks = np.zeros((len(unions), T, H, W), bool)
         if not objects:
             return masks
         scale = np.array([self.side / W, self.side / H] * 2)
@@ -160,8 +163,10 @@ class Tracker:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.device.type == "cuda"):
             look = Lookout(self, frames, sorted({t for boxes in objects for t in boxes}))
             for t, (logits, _) in enumerate(self.run(look, scaled, T)):
-                full = F.interpolate(logits[:, None], (H, W), mode="bilinear")                 # [N, 1, H, W]
-                masks[:, t] = (full[:, 0] > 0).cpu().numpy()                                   # waits for the device
+                full = torch.cat([F.interpolate(part[:, None], (H, W), mode="bilinear")[:, 0] > 0 for part in logits.split(BATCH)])
+                full = full.cpu().numpy()                                                      # [N, H, W]; waits for the device
+                for mask, together in zip(masks, unions):
+                    mask[t] = full[together].any(0)
         return masks
 
     def run(self, look, objects, T):
@@ -310,9 +315,9 @@ def track_group(tracker, clip, boxes):
     several completions share is tracked once.
     """
     objects = list(dict.fromkeys((t, box) for found in boxes for t, many in found.items() for box in many))
-    masks = tracker.track(clip.frames, [{t: box} for t, box in objects])                       # [N, T, H, W]
-    row = {key: n for n, key in enumerate(objects)}
-    return [masks[[row[t, box] for t, many in found.items() for box in many]].any(0) for found in boxes]
+    place = {key: n for n, key in enumerate(objects)}
+    unions = [[place[t, box] for t, many in found.items() for box in many] for found in boxes]
+    return list(tracker.track(clip.frames, [{t: box} for t, box in objects], unions))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
