@@ -206,7 +206,7 @@ def _rng(split, index):
 def _move(rng, T):
     """Centre [T, 2], radius [T], alive [T], speed and growth of one thing that stays, enters, leaves or visits."""
     low, high = 4, CANVAS - 4                                                    # walls for its centre: half of it may be outside
-    way = rng.choice(["stay", "enter", "leave", "visit"], p=[0.1, 0.35, 0.35, 0.2])
+    way = rng.choice(["stay", "enter", "leave", "visit"], p=[0.1, 0.65, 0.15, 0.1])
     steps, cut = np.arange(T), int(rng.integers(round(0.3 * T), round(0.7 * T) + 1))
     first = int(rng.integers(1, T - 4))
     length = int(rng.integers(3, min(T // 2, T - 1 - first) + 1))
@@ -498,6 +498,8 @@ class Processor:
     def save(self, path):
         """Copies every small file of the directory that is not weights: tokenizer, template, preprocessing."""
         os.makedirs(path, exist_ok=True)
+        if os.path.samefile(path, self.path):                    # a run that goes on in its own directory
+            return
         for name in os.listdir(self.path):
             if name.endswith((".json", ".txt", ".jinja")) and name != "config.json" and "safetensors" not in name:
                 shutil.copy(os.path.join(self.path, name), path)

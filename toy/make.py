@@ -1,4 +1,5 @@
-"""Makes the toy world's weights from nothing: `python toy/make.py policy` and `python toy/make.py sam2` (see toy/README.md).
+"""Makes the toy world's weights from nothing: `python toy/make.py policy` and `python toy/make.py sam2` (see toy/README.md);
+`python toy/make.py check` measures those that are there.
 
 policy: a tiny Qwen2.5-Omni Thinker, cold-started by supervision: the answer format, plain descriptions, when a thing is in
         view, and grounding. Its keyframes are drawn at random: to choose them well is what reinforcement learning is for.
@@ -53,7 +54,7 @@ def fixed_text():
     templates = ["user\n" + "".join(GLOBAL_TASK), "user\n" + "".join(GROUNDING_TASK)]
     pieces = [literal for text in templates for literal, *_ in string.Formatter().parse(text) if literal]
     return ["system\n" + SYSTEM, "assistant\n", *pieces,
-        "<think>The target is the", ", in view from ", " to ", ".</think><answer>", '[{"start_time": "', '", "end_time": "',
+        "<think>The target is the", ", in view from ", " to ", ", clearest at ", ".</think><answer>", '[{"start_time": "', '", "end_time": "',
         '", "description": "', '"}, {"start_time": "', '"}]</answer>', "<think>There is no such object.</think><answer>null</answer>",
         '[{"bbox_2d": [', ", ", "]}]", "null"]
 
@@ -100,17 +101,19 @@ def make_config(ids, vocabulary, width=128):
 # ---------------------------------------------------------------------------------------------------------------------
 # Supervision
 # ---------------------------------------------------------------------------------------------------------------------
-def global_answer(name, seen, T, rng):
-    """What System 1 is taught to write: what the target is and when it is in view (frames `seen`), then 1 to 3 moments drawn
-    at random: two in five are the first frame, a quarter the first or last time just named, the rest any frame. Only the format
-    and the description of the answer are right on purpose."""
+def global_answer(name, areas, rng):
+    """What System 1 is taught to write: what the target is, when it is in view, and when most of it is (areas: int [T], visible
+    pixels); then 1 to 3 moments drawn at random: half of them the clip's first frame, a third the clearest moment just named, the
+    rest any frame. Only the format and the description of the answer are right on purpose."""
     if name is None:
         return "<think>There is no such object.</think><answer>null</answer>"
-    first, last = (format_time(t / FPS) for t in (seen[0], seen[-1]))
-    times = {int(rng.choice([0, rng.integers(T), seen[0], seen[-1]], p=[0.4, 0.35, 0.125, 0.125]))
-             for _ in range(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1]))}
+    seen, T = np.flatnonzero(areas), len(areas)
+    clearest = int(areas.argmax())
+    times = {int(rng.choice([0, clearest, rng.integers(T)], p=[0.5, 0.35, 0.15])) for _ in range(rng.choice([1, 2, 3], p=[0.75, 0.2, 0.05]))}
+    first, last, best = (format_time(t / FPS) for t in (seen[0], seen[-1], clearest))
     moments = [dict(start_time=format_time(t / FPS), end_time=format_time(t / FPS), description=name) for t in sorted(times)]
-    return f"<think>The target is the {name}, in view from {first} to {last}.</think><answer>{json.dumps(moments)}</answer>"
+    return (f"<think>The target is the {name}, in view from {first} to {last}, clearest at {best}.</think>"
+            f"<answer>{json.dumps(moments)}</answer>")
 
 
 def box_answer(box):
@@ -155,15 +158,15 @@ class Pool:
     def __init__(self, processor, scenes, seed):
         """scenes: indices of the training split."""
         self.processor, self.rng = processor, np.random.default_rng(seed)
-        self.videos = []                                 # (Inputs, T, [(kind, query, name of the target, its frames)], labels)
+        self.videos = []                                 # (Inputs, T, [(kind, query, name of the target, its areas)], labels)
         self.pictures = []                               # (picture, [(name, box)], labels)
         for index in scenes:
             scene = toy_scene("train", index)
-            T, seen = len(scene.pictures), [np.flatnonzero(mask.any(axis=(1, 2))) for mask in scene.masks]
-            queries = [(kind, query, None, None) if i is None else (kind, query, scene.things[i].name, seen[i])
+            T, areas = len(scene.pictures), scene.masks.sum((2, 3))
+            queries = [(kind, query, None, None) if i is None else (kind, query, scene.things[i].name, areas[i])
                        for kind, query, i in toy_queries(scene)]
             media = self._media(scene)
-            self.videos.append((media, T, queries, self._video_labels(scene, seen, media)))
+            self.videos.append((media, T, queries, self._video_labels(scene, areas, media)))
             for t in self.rng.choice(T, 5, replace=False):
                 boxes = self._boxes(scene, t)
                 self.pictures += [(scene.pictures[t], boxes, token_labels(scene, [t, t], 8))] * bool(boxes)
@@ -181,13 +184,13 @@ class Pool:
                 found.append((thing.name, mask_box(mask)))
         return found
 
-    def _video_labels(self, scene, seen, media):
+    def _video_labels(self, scene, areas, media):
         """What each visual token shows (see token_labels), and which kind each sound token holds, 18 for silence."""
         T, (pairs, rows, _) = len(scene.pictures), media.grid[0].tolist()
         shown = [token_labels(scene, [2 * i, min(2 * i + 1, T - 1)], rows // 2) for i in range(pairs)]
         heard = np.full(int((media.ids == self.processor.audio).sum()), len(KINDS))
         if scene.sounding is not None:
-            frames = [t for t in seen[scene.sounding] if t < len(heard)]         # 2 sound tokens a second, as frames
+            frames = [t for t in np.flatnonzero(areas[scene.sounding]) if t < len(heard)]         # 2 sound tokens a second, as frames
             heard[frames] = KINDS.index(scene.things[scene.sounding].name)
         return *(torch.cat(x) for x in zip(*shown)), torch.tensor(heard)
 
@@ -201,9 +204,9 @@ class Pool:
             media, _, queries, (shown, _, _) = self.videos[i]
             kind = self.rng.choice(TOY_KINDS, p=[0.27, 0.33, 0.28, 0.12])
             choices = [q for q in queries if q[0] == kind] or queries
-            kind, query, name, seen = choices[self.rng.integers(len(choices))]
+            kind, query, name, areas = choices[self.rng.integers(len(choices))]
             inputs.append(self._ask(media, T, query))
-            answers.append(global_answer(name, seen, T, self.rng))
+            answers.append(global_answer(name, areas, self.rng))
             marks.append(marked(shown, name) if kind == "referring" else None)
         return inputs, answers, marks
 
@@ -586,10 +589,17 @@ def make_sam2(stages, scenes, seed):
         print("stage {}: J {:.3f} F {:.3f}".format(number, *tracking_quality(Tracker(model))), flush=True)
 
 
+def check():
+    """Prints what each of the two models does by itself on held-out clips."""
+    print(f"policy: grounding IoU {grounding_iou(Thinker.from_pretrained(POLICY), Processor(POLICY)):.3f}")
+    tracker = Tracker.from_pretrained(os.path.join(SAM2, "config.yaml"), os.path.join(SAM2, "model.pt"))
+    for split in ("test", "pairs", "long"):
+        print("sam2: from a true box, split {}: J {:.3f} F {:.3f}".format(split, *tracking_quality(tracker, split)))
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["policy", "sam2"])
+    parser.add_argument("what", choices=["policy", "sam2", "check"])
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--tower_steps", type=int, default=600, help="steps for the towers alone, first")
     parser.add_argument("--scenes", type=int, default=4000, help="scenes rendered for training")
@@ -600,7 +610,9 @@ if __name__ == "__main__":
     parser.add_argument("--init", help="policy directory to go on from")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.what == "sam2":
+    if arguments.what == "check":
+        check()
+    elif arguments.what == "sam2":
         make_sam2(STAGES, 800, arguments.seed)
     else:
         make_policy(arguments.steps, arguments.tower_steps, arguments.scenes, arguments.batch, arguments.seed, arguments.decay, arguments.init)
