@@ -33,7 +33,7 @@ import eval as evaluation
 import model as model_file
 import train
 from data import (
-    COLOURS, Clip, Frames, OVERTONES, PITCH, Processor, SAMPLE_RATE, TOY_KINDS, TOY_SPLITS, UNSEEN_PAIRS,
+    BadInput, COLOURS, Clip, Frames, OVERTONES, PITCH, Processor, SAMPLE_RATE, TOY_KINDS, TOY_SPLITS, UNSEEN_PAIRS,
     _inside as shape_inside, answer_text, format_time, global_prompt, grounding_prompt, is_null, keyframes, open_video,
     parse_boxes, parse_moments, parse_time, read_image, read_sound, toy_clip, toy_queries, toy_scene)
 from eval import boundary_accuracy, region_similarity
@@ -223,18 +223,31 @@ def test_saved_processor_gives_the_same_inputs(tmp_path):
     assert copy.eos_ids == ours.eos_ids and copy.decode(a.ids) == ours.decode(a.ids)
 
 
-@pytest.mark.parametrize("name", ["preprocessor_config.json", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_incomplete_policy_directory_is_named(tmp_path, name):
     path = tmp_path / "policy"
-    with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(path))} is no directory.*hf download"):
         Processor(str(path))
     shutil.copytree(TOY, path, ignore=SMALL_FILES)
-    (path / name).write_text('{"broken": ')
-    with pytest.raises(ValueError, match=re.escape(str(path / name if "config" in name else path))):
-        Processor(str(path))
+    empty = {"preprocessor_config.json": ["{}"], "tokenizer.json": ["{}", '{"model": 5}', '{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}']}
+    for content in ("", "[1]", '{"broken": ', b"\xff", *empty.get(name, ["null"])):
+        (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(BadInput, match=re.escape(str(path / name))) as caught:
+            Processor(str(path))
+        assert "\n" not in str(caught.value)
     (path / name).unlink()
-    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(path))):
+    with pytest.raises((FileNotFoundError, BadInput), match=re.escape(str(path / name))):
         Processor(str(path))
+
+
+def test_a_sound_too_short_for_a_token_counts_as_none(pair):
+    ours, _, side = pair
+    for samples in (0, 1, ours.features.hop_length, 2 * ours.features.hop_length):
+        clip = noise_clip(side, side, 2, samples / SAMPLE_RATE)
+        inputs = ours.video_inputs(global_prompt(clip), clip.frames, clip.fps, clip.sound)
+        assert inputs.mel is None and ours.audio not in inputs.ids and ours.marks["audio_bos"] not in inputs.ids
+    clip = noise_clip(side, side, 2, 3 * ours.features.hop_length / SAMPLE_RATE)
+    assert (ours.video_inputs(global_prompt(clip), clip.frames, clip.fps, clip.sound).ids == ours.audio).sum() == 1
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------
@@ -251,6 +264,12 @@ def test_queries_smuggle_no_special_tokens(words):
         return [[i for i in prompt.ids.tolist() if i in special] for prompt in prompts]
 
     assert len(special) == 10 and specials("the " + words) == specials("the dog")
+
+
+def test_undecodable_queries_are_read():
+    clip, ours = Clip("", Frames(lambda t: noise_picture(32, 32), range(2)), "the \udcff\udce4 dog"), Processor(str(TOY))
+    assert "the ?? dog" in ours.decode(ours.video_inputs(global_prompt(clip), clip.frames).ids)
+    assert "the ?? dog" in ours.decode(ours.image_inputs(grounding_prompt(clip.query), clip.frames[0]).ids)
 
 
 def example_times(messages):
@@ -388,8 +407,32 @@ def test_missing_files_are_named(tmp_path, read, name):
 @pytest.mark.parametrize("content", [b"", b"hello" * 100, *(b"RIFF\x24\0\0\0WAVE" + part for part in (b"", b"fmt ", b"data"))])
 def test_broken_files_are_named(tmp_path, read, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path / name))):
         read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("rate, sound", [(0, np.zeros(9, np.int16)), (16000, np.array([0, np.nan], np.float32)), (8000, np.array([np.inf, 0]))])
+def test_sounds_that_are_none_are_named(tmp_path, rate, sound):
+    wavfile.write(tmp_path / "a.wav", rate, sound)
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path / "a.wav"))):
+        read_sound(str(tmp_path / "a.wav"))
+
+
+@pytest.mark.parametrize("error", [SyntaxError("broken PNG"), ValueError("too large"), Image.DecompressionBombError("bomb")])
+def test_whatever_pillow_raises_names_the_picture(tmp_path, monkeypatch, error):
+    noise_picture(8, 8).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path / "a.png"))):
+        read_image(str(tmp_path / "a.png"))
+
+
+def test_frames_of_different_sizes_are_named(tmp_path):
+    for t, width in enumerate((60, 60, 61)):
+        noise_picture(width, 60).save(tmp_path / f"{t}.png")
+    frames, _ = open_video(str(tmp_path))
+    assert frames[1].size == (60, 60)
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path / "2.png"))):
+        frames[2]
 
 
 def test_broken_frames_are_named(tmp_path):
@@ -1418,7 +1461,38 @@ def drop_thinker_weights(path):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def first_shard(change):
+    """A breakage: changes the bytes of the first shard."""
+    def breakage(path):
+        file = path / "model-00001-of-00003.safetensors"
+        file.write_bytes(change(file.read_bytes()))
+    return breakage
+
+
+def reshape_one(path):
+    file = path / "model-00001-of-00003.safetensors"
+    shard = load_file(file)
+    save_file({**shard, "thinker.lm_head.weight": torch.ones(2, 3)}, file)
+
+
+def write(name, text):
+    return lambda path: (path / name).write_text(text)
+
+
+INDEX = "model.safetensors.index.json"
+THINKER = '{"model_type": "qwen2_5_omni", "thinker_config": %s}'
+
+
 @pytest.mark.parametrize("breakage, error, message", [
+    *((first_shard(change), BadInput, "not a safetensors file: .*00001-of-00003")
+      for change in (lambda b: b"", lambda b: b[:-100], lambda b: b[:20], lambda b: b"garbage" * 99)),
+    (reshape_one, BadInput, "00001-of-00003.* does not fit .*config.json .*size mismatch"),
+    *((write(INDEX, text), BadInput, "index.json")
+      for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": null, "b": "c"}}')),
+    *((write("config.json", text), BadInput, "config.json")
+      for text in ("", "[1]", "{}", THINKER % "[]", THINKER % '{"model_type": "qwen2_5_omni_thinker", "text_config": [1]}',
+                   THINKER % '{"model_type": "qwen2_5_omni_thinker", "text_config": {"num_attention_heads": 0}}',
+                   THINKER % '{"model_type": "qwen2_5_omni_thinker", "text_config": {"rope_parameters": {"rope_theta": 1}}}')),
     (shutil.rmtree, FileNotFoundError, "hf download Qwen/Qwen2.5-Omni-7B --local-dir"),
     (lambda path: (path / "config.json").unlink(), FileNotFoundError, "holds no config.json"),
     (lambda path: (path / "config.json").write_text('{"model_type": "qwen2_5_omni_talker"}'), ValueError,
@@ -1433,7 +1507,7 @@ def drop_thinker_weights(path):
 ])
 def test_broken_directories_are_refused_in_one_line(omni, breakage, error, message):
     breakage(omni)
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(BadInput if error is ValueError else error, match=message) as caught:
         Thinker.from_pretrained(omni)
     assert str(omni) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -1546,12 +1620,14 @@ def test_wrong_files_are_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("model: {image_size: 128}")
     torch.save({"model": {"image_encoder.weight": torch.zeros(1)}}, tmp_path / "other.pt")
     (tmp_path / "torn.pt").write_bytes(b"PK torn")
+    for name, content in dict(tensor=torch.zeros(3), scalar=torch.tensor(1.0), numbered={"model": {1: 2}}, listed={"model": [1]}).items():
+        torch.save(content, tmp_path / f"{name}.pt")
     for kind, files, words in [
             (FileNotFoundError, ("sam2.1_hiera_xl", weights), "no such SAM2 config: sam2.1_hiera_xl .*sam2.1_hiera_l"),
             (FileNotFoundError, (config, tmp_path / "none.pt"), "no such file of SAM2 weights: .*none.pt"),
-            (ValueError, (tmp_path / "bad.yaml", weights), "not a SAM2 config.*bad.yaml"),
-            (ValueError, (config, tmp_path / "other.pt"), "not the SAM2 weights of config .*other.pt"),
-            (ValueError, (config, tmp_path / "torn.pt"), "not the SAM2 weights of config .*torn.pt")]:
+            (BadInput, (tmp_path / "bad.yaml", weights), "not a SAM2 config.*bad.yaml"),
+            *((BadInput, (config, tmp_path / f"{name}.pt"), f"not the SAM2 weights of config .*{name}.pt")
+              for name in ("other", "torn", "tensor", "scalar", "numbered", "listed"))]:
         with pytest.raises(kind, match=words) as caught:
             Tracker.from_pretrained(*files)
         assert "\n" not in str(caught.value)
