@@ -437,13 +437,15 @@ class Processor:
 
     def __init__(self, path):
         """Raises FileNotFoundError or BadInput naming what is missing or malformed."""
-        from transformers import AutoTokenizer, WhisperFeatureExtractor
+        from transformers import AutoConfig, AutoTokenizer, WhisperFeatureExtractor
         check_policy_folder(path)
         self.path = path
         preprocessing, settings, tokenizer, template = (os.path.join(path, name) for name in (
             "preprocessor_config.json", "config.json", "tokenizer.json", "chat_template.json"))
         vision, config = read_json(preprocessing), read_json(settings)
         read_json(os.path.join(path, "tokenizer_config.json"))   # the tokenizer would load without it, but lack the template
+        with reading(settings):
+            AutoConfig.from_pretrained(path, local_files_only=True)      # so does the tokenizer, but it is not to blame
         with reading(tokenizer):
             self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         with reading(preprocessing):
