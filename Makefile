@@ -16,7 +16,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 
 demo: .venv/installed
 	$(PY) eval.py $(TOY) --out out/demo/before
-	$(PY) train.py --name demo
+	$(PY) train.py --name demo --overwrite true
 	$(PY) eval.py $(TOY) --policy out/demo/policy --out out/demo/after --against out/demo/before/results.json
 	$(PY) segment.py --index 1 --policy out/demo/policy --out out/demo/clip
 	@echo "look at: out/demo/curves.png  out/demo/clip/overlay.webp  out/demo/after/results.json"

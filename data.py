@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,6 +24,41 @@ from scipy.signal import resample_poly
 
 FPS = 2.0              # clips are always presented at 2 frames a second (method.md, 1)
 SAMPLE_RATE = 16000    # of every soundtrack, Hz
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used; the message names it. Programs end with it in one line; other errors are bugs."""
+
+
+@contextmanager
+def reading(path):
+    """Whatever goes wrong inside is the fault of the file at `path`: BadInput names it. For libraries that trip over malformed
+    files in many ways, plain Exception among them."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInput(f"cannot use {path} ({one_line(error)})") from error
+
+
+def one_line(error, most=160):
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
+def read_json(path):
+    """The object in a JSON file. Raises FileNotFoundError or BadInput naming the file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file: {path}")
+    with reading(path), open(path, encoding="utf-8") as file:
+        value = json.load(file)
+        if not isinstance(value, dict):
+            raise ValueError(f"a JSON object expected, not a {type(value).__name__}")
+    return value
+
+
+def check_policy_folder(path):
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{path} is no directory; get the weights with: "
+                                f"hf download Qwen/Qwen2.5-Omni-7B --local-dir {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,15 +114,23 @@ class Clip:
 def open_video(path):
     """Frames and fps of a video file (decord) or of a folder of numbered pictures (presented at 2 fps).
 
-    Raises FileNotFoundError for a missing path, ValueError for one that holds no readable frames. Later frames are
-    read on demand: one that cannot be decoded raises ValueError then.
+    Raises FileNotFoundError for a missing path, BadInput for one that holds no readable frames. Later frames are
+    read on demand: one that cannot be decoded, or has another size than the first, raises BadInput then.
     """
     if os.path.isdir(path):
         names = [n for n in os.listdir(path) if n.lower().endswith((".jpg", ".jpeg", ".png"))]
         names.sort(key=lambda n: ([int(digits) for digits in re.findall(r"\d+", n)], n))         # 2.png before 10.png
         if not names:
-            raise ValueError(f"no .jpg or .png frames in folder: {path}")
-        return Frames(lambda name: read_image(os.path.join(path, name)), names), FPS
+            raise BadInput(f"no .jpg or .png frames in folder: {path}")
+        size = read_image(os.path.join(path, names[0])).size
+
+        def read(name):
+            picture = read_image(os.path.join(path, name))
+            if picture.size != size:
+                raise BadInput(f"frame of {picture.size} pixels, but the first has {size}: {os.path.join(path, name)}")
+            return picture
+
+        return Frames(read, names), FPS
     if not os.path.exists(path):
         raise FileNotFoundError(f"no such video file or folder of frames: {path}")
     import decord                        # only needed for video files; loads ffmpeg
@@ -95,34 +139,36 @@ def open_video(path):
         try:
             return Image.fromarray(video[t].asnumpy())
         except (decord.DECORDError, RuntimeError, IndexError) as error:
-            raise ValueError(f"cannot read video: {path} ({_first_line(error)})") from None
+            raise BadInput(f"cannot read video: {path} ({one_line(error)})") from None
 
     try:
         video = decord.VideoReader(path)
     except (decord.DECORDError, RuntimeError) as error:
-        raise ValueError(f"cannot read video: {path} ({_first_line(error)})") from None
+        raise BadInput(f"cannot read video: {path} ({one_line(error)})") from None
     read(0)
     return Frames(read, range(len(video))), float(video.get_avg_fps())
 
 
 def read_image(path):
-    """RGB picture; raises ValueError naming a file that is missing or cannot be decoded."""
+    """RGB picture; raises BadInput naming a file that is missing or cannot be decoded."""
     try:
         return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"cannot read image: {path} ({error})") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:        # Pillow raises all of them
+        raise BadInput(f"cannot read image: {path} ({one_line(error)})") from None
 
 
 def read_sound(path):
     """Mono float32 sound at 16 kHz of a wav file, or of a video file's soundtrack (None if it has none).
 
-    Raises ValueError naming a file that is missing or cannot be decoded."""
+    Raises BadInput naming a file that is missing or cannot be decoded."""
     if not path.lower().endswith(".wav"):
         return _sound_of_video(path)
     try:
         rate, sound = wavfile.read(path)
     except Exception as error:           # scipy trips over malformed files in many ways, not only by ValueError
-        raise ValueError(f"cannot read sound: {path} ({_first_line(error)})") from None
+        raise BadInput(f"cannot read sound: {path} ({one_line(error)})") from None
+    if rate == 0 or not np.isfinite(sound).all():
+        raise BadInput(f"cannot read sound: {path} (its sample rate is 0, or a sample is not finite)")
     if sound.dtype == np.uint8:          # 8-bit wav is unsigned around 128, the other whole numbers are signed
         sound = (sound.astype(np.float32) - 128) / 128
     elif sound.dtype.kind == "i":
@@ -140,11 +186,7 @@ def _sound_of_video(path):
     except (decord.DECORDError, RuntimeError) as error:
         if "find audio stream" in str(error):
             return None
-        raise ValueError(f"cannot read sound: {path} ({_first_line(error)})") from None
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"cannot read sound: {path} ({one_line(error)})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +341,7 @@ def toy_queries(scene):
 def toy_clip(split, index):
     """The toy world's sample (split, index); see toy_scene for the splits. A clip's kind is drawn first, then the query."""
     if split not in TOY_SPLITS:
-        raise ValueError(f"unknown toy split: {split} (one of {', '.join(TOY_SPLITS)})")
+        raise BadInput(f"unknown toy split: {split} (one of {', '.join(TOY_SPLITS)})")
     rng, scene = _rng(split + " query", index), toy_scene(split, index)
     queries = [q for q in toy_queries(scene) if split != "pairs" or q[2] in (0, None)]
     kinds = [kind for kind in TOY_KINDS if any(q[0] == kind for q in queries)]
@@ -346,8 +388,9 @@ def format_time(seconds):
 
 
 def plain(text):
-    """User or model text that can hold no special token of the chat format."""
-    return text.replace("<|", "< |")
+    """User or model text that can hold no special token of the chat format, and no half of a surrogate pair (an undecodable
+    byte of the command line), which no tokenizer accepts: it becomes "?"."""
+    return text.replace("<|", "< |").encode("utf-8", "replace").decode("utf-8")
 
 
 def global_prompt(clip, rng=None):
@@ -388,30 +431,42 @@ class Processor:
     """Tokenizer, chat template and preprocessing values of a checkpoint directory, and what they do to a prompt.
 
     Equal to transformers' Qwen2_5OmniProcessor and get_rope_index on the same media (proved in the tests), with frames
-    resized to a number of visual tokens rather than between two numbers of pixels.
+    resized to a number of visual tokens rather than between two numbers of pixels. A sound too short for one sound token
+    (three frames of its spectrogram) counts as none.
     """
 
     def __init__(self, path):
-        from transformers import AutoTokenizer, WhisperFeatureExtractor
+        """Raises FileNotFoundError or BadInput naming what is missing or malformed."""
+        from transformers import AutoConfig, AutoTokenizer, WhisperFeatureExtractor
+        check_policy_folder(path)
         self.path = path
-        vision, config = _json(path, "preprocessor_config.json"), _json(path, "config.json")
-        try:
+        preprocessing, settings, tokenizer, template = (os.path.join(path, name) for name in (
+            "preprocessor_config.json", "config.json", "tokenizer.json", "chat_template.json"))
+        vision, config = read_json(preprocessing), read_json(settings)
+        read_json(os.path.join(path, "tokenizer_config.json"))   # the tokenizer would load without it, but lack the template
+        with reading(settings):
+            AutoConfig.from_pretrained(path, local_files_only=True)      # so does the tokenizer, but it is not to blame
+        with reading(tokenizer):
             self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the tokenizer of policy directory: {path} ({_first_line(error)})") from None
-        self.features = WhisperFeatureExtractor.from_pretrained(path, local_files_only=True)
-        config = config.get("thinker_config", config)
-        self.patch, self.merge, self.pair = (vision[k] for k in ("patch_size", "merge_size", "temporal_patch_size"))
-        self.mean, self.std = torch.tensor(vision["image_mean"]), torch.tensor(vision["image_std"])
-        self.video_tokens = vision.get("video_tokens", 128)      # visual tokens a frame, System 1 (method.md, 1)
-        self.image_tokens = vision.get("image_tokens", 900)      # and a picture, System 2
-        self.per_second = config.get("position_id_per_seconds", 25)      # position ids a second of video or sound
-        self.chunk = int(self.per_second * config.get("seconds_per_chunk", 2))   # ids after which video and sound take turns
+        with reading(preprocessing):
+            self.features = WhisperFeatureExtractor.from_pretrained(path, local_files_only=True)
+            self.patch, self.merge, self.pair = (int(vision[k]) for k in ("patch_size", "merge_size", "temporal_patch_size"))
+            self.mean, self.std = torch.tensor(vision["image_mean"]), torch.tensor(vision["image_std"])
+            self.video_tokens = int(vision.get("video_tokens", 128))     # visual tokens a frame, System 1 (method.md, 1)
+            self.image_tokens = int(vision.get("image_tokens", 900))     # and a picture, System 2
+        with reading(settings):
+            config = config.get("thinker_config", config)
+            self.per_second = config.get("position_id_per_seconds", 25)  # position ids a second of video or sound
+            self.chunk = int(self.per_second * config.get("seconds_per_chunk", 2))   # ids after which video and sound take turns
         if self.tokenizer.chat_template is None:                 # older checkpoints keep it in a file of its own
-            self.tokenizer.chat_template = _json(path, "chat_template.json")["chat_template"]
+            older = read_json(template)
+            with reading(template):
+                self.tokenizer.chat_template = older["chat_template"]
         token = self.tokenizer.convert_tokens_to_ids
         self.image, self.video, self.audio = (token(f"<|{m}|>") for m in ("IMAGE", "VIDEO", "AUDIO"))
         self.marks = {k: token(f"<|{k}|>") for k in ("vision_bos", "vision_eos", "audio_bos", "audio_eos")}
+        if None in (self.image, self.video, self.audio, *self.marks.values()):
+            raise BadInput(f"cannot use {tokenizer} (it lacks the special tokens of Qwen2.5-Omni)")
         self.eos_ids = {self.tokenizer.eos_token_id, token("<|im_end|>"), token("<|endoftext|>")} - {None}
 
     def video_inputs(self, messages, frames, fps=FPS, sound=None):
@@ -452,10 +507,11 @@ class Processor:
 
     def _mel(self, sound):
         """Log-mel spectrogram (bins, mel frames) of a 16 kHz sound, padded with one window of silence, in whole hops, on the
-        side where transformers pads with minutes of it."""
+        side where transformers pads with minutes of it. None where it is too short for one sound token."""
         out = self.features(sound, sampling_rate=SAMPLE_RATE, padding="max_length", max_length=len(sound) + self.features.n_fft,
                             pad_to_multiple_of=self.features.hop_length, return_attention_mask=True, return_tensors="pt")
-        return out["input_features"][0][:, out["attention_mask"][0].bool()]
+        mel = out["input_features"][0][:, out["attention_mask"][0].bool()]
+        return mel if mel.shape[1] >= 3 else None                # the audio tower halves twice: fewer leave no token
 
     def _inputs(self, messages, pixels, seconds, mel):
         """Inputs of text, one image or video, text; `seconds` is the time that a temporal patch lasts."""
@@ -498,23 +554,9 @@ class Processor:
     def save(self, path):
         """Copies every small file of the directory that is not weights: tokenizer, template, preprocessing."""
         os.makedirs(path, exist_ok=True)
-        if os.path.samefile(path, self.path):                    # a run that goes on in its own directory
-            return
         for name in os.listdir(self.path):
             if name.endswith((".json", ".txt", ".jinja")) and name != "config.json" and "safetensors" not in name:
                 shutil.copy(os.path.join(self.path, name), path)
-
-
-def _json(folder, name):
-    """Contents of a JSON file; raises one clear error naming a file that is missing or malformed."""
-    path = os.path.join(folder, name)
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {name} in policy directory: {folder}") from None
-    except ValueError as error:
-        raise ValueError(f"not valid JSON: {path} ({error})") from None
 
 
 def _resize(image, height, width):
@@ -645,13 +687,18 @@ class ToyData:
     def __getitem__(self, index):
         return toy_clip(self.split, index)
 
+    @property
+    def names(self):
+        """The clips' names, without making the clips."""
+        return [f"{self.split}/{index}" for index in range(self.length)]
+
 
 def open_data(name, split, length=100_000):
-    """The dataset of that name. Raises ValueError for an unknown name or split."""
+    """The dataset of that name. Raises BadInput for an unknown name or split."""
     if name != "toy":
-        raise ValueError(f"unknown dataset: {name} (known: toy)")
+        raise BadInput(f"unknown dataset: {name} (known: toy)")
     if split not in TOY_SPLITS:
-        raise ValueError(f"unknown toy split: {split} (known: {', '.join(TOY_SPLITS)})")
+        raise BadInput(f"unknown toy split: {split} (known: {', '.join(TOY_SPLITS)})")
     return ToyData(split, length)
 
 

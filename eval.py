@@ -16,10 +16,10 @@ import torch
 from scipy.ndimage import distance_transform_edt
 from tqdm import tqdm
 
-from data import Processor, open_data
+from data import BadInput, Processor, open_data, read_json, reading
 from model import Thinker
 from rewards import format_reward
-from segment import TOY_POLICY, TOY_SAM2, Tracker, fail, find_config, segment
+from segment import TOY_POLICY, TOY_SAM2, Parser, Tracker, at_least, device, fail, find_config, segment
 
 COLUMNS = ("J", "F", "J&F", "visible", "format")
 
@@ -117,12 +117,26 @@ def _mean(values):
 
 
 def paired_difference(results, others):
-    """J&F of results minus that of others, clip by clip -> (mean, half the width of its 95 % interval).
-    Raises ValueError where the clips differ."""
+    """J&F of results minus that of others, clip by clip -> (mean, half the width of its 95 % interval; None for one clip).
+    Raises BadInput where the clips differ."""
     if [r["clip"] for r in results] != [r["clip"] for r in others]:
-        raise ValueError("the two evaluations are not of the same clips")
+        raise BadInput("the two evaluations are not of the same clips")
     difference = np.array([r["J&F"] - o["J&F"] for r, o in zip(results, others)])
-    return float(difference.mean()), float(1.96 * difference.std(ddof=1) / math.sqrt(len(difference)))
+    half = float(1.96 * difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else None
+    return float(difference.mean()), half
+
+
+def read_others(path, names):
+    """Results of another evaluation. Raises BadInput where they are not results, or not of the clips of these names."""
+    report = read_json(path)
+    with reading(path):
+        others = report["clips"]
+        if not all(math.isfinite(other["J&F"]) for other in others):
+            raise ValueError("a J&F is not a number")
+        clips = [other["clip"] for other in others]
+    if clips != names:
+        raise BadInput(f"not an evaluation of the same clips: {path}")
+    return others
 
 
 def table(summary):
@@ -134,32 +148,32 @@ def table(summary):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", default="toy", help="toy")
     parser.add_argument("--split", default="test", help="of the benchmark; toy: test, pairs (unseen colour-shape pairs), long")
     parser.add_argument("--policy", default=TOY_POLICY, help="directory of a Thinker, or of a full Qwen2.5-Omni")
     parser.add_argument("--system2", help="directory of another Thinker that grounds; by default the policy does")
     parser.add_argument("--sam2", help="SAM2 config; by default told by the weights' name")
     parser.add_argument("--sam2_weights", default=TOY_SAM2)
-    parser.add_argument("--clips", type=int, default=200, help="how many clips of the toy world")
-    parser.add_argument("--batch", type=int, default=16, help="clips at a time")
-    parser.add_argument("--max_new_tokens", type=int, default=1024)
+    parser.add_argument("--clips", type=at_least(1), default=200, help="how many clips of the toy world")
+    parser.add_argument("--batch", type=at_least(1), default=16, help="clips at a time")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=1024)
     parser.add_argument("--against", help="results.json of another evaluation, for the paired difference")
     parser.add_argument("--out", default="out/eval")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(arguments)
     try:
         run(a)
-    except (OSError, ValueError) as error:
+    except (OSError, BadInput) as error:
         sys.exit(fail(error))
 
 
 def run(a):
-    others = None
-    if a.against:
-        with open(a.against) as file:
-            others = json.load(file)["clips"]
-    data = open_data(a.bench, a.split, a.clips)
+    data, written = open_data(a.bench, a.split, a.clips), os.path.join(a.out, "results.json")
+    if a.against and os.path.realpath(a.against) == os.path.realpath(written):
+        raise BadInput(f"{written} would replace what it is compared with; give another --out")
+    others = read_others(a.against, data.names) if a.against else None
+    os.makedirs(a.out, exist_ok=True)
     dtype = torch.bfloat16 if a.device.startswith("cuda") else torch.float32
     processor, policy = Processor(a.policy), Thinker.from_pretrained(a.policy, dtype, a.device)
     system2 = policy if a.system2 is None else Thinker.from_pretrained(a.system2, dtype, a.device)
@@ -167,15 +181,20 @@ def run(a):
     results = evaluate(data, policy, system2, processor, tracker, a.batch, a.max_new_tokens)
     summary = averages(results)
     print(table(summary))
-    report = dict(bench=a.bench, split=a.split, policy=a.policy, summary=summary)
+    report = dict(bench=a.bench, split=a.split, policy=a.policy, summary=summary, clips=results)
+    write(report, written)
     if others is not None:
         mean, half = paired_difference(results, others)
-        print(f"J&F against {a.against}: {100 * mean:+.1f} +- {100 * half:.1f} (95 % interval of the paired difference)")
+        interval = "" if half is None else f" +- {100 * half:.1f} (95 % interval of the paired difference)"
+        print(f"J&F against {a.against}: {100 * mean:+.1f}{interval}")
         report["against"] = dict(file=a.against, difference=mean, half_interval=half)
-    os.makedirs(a.out, exist_ok=True)
-    with open(os.path.join(a.out, "results.json"), "w") as file:
-        json.dump(report | dict(clips=results), file, indent=1)
-    print(f"written: {a.out}/results.json")
+        write(report, written)
+    print(f"written: {written}")
+
+
+def write(report, path):
+    with open(path, "w") as file:
+        json.dump(report, file, indent=1)
 
 
 if __name__ == "__main__":

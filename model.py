@@ -15,7 +15,6 @@ Letters: B prompts, P prefix tokens, G (in generation n) completions of a prompt
 S tokens of a padded row, N flat tokens, M media tokens, D width, H heads, K key/value heads, r = H / K,
 d width of a head, L layers, V vocabulary.
 """
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
@@ -33,6 +32,8 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniAudioEncoder,
     Qwen2_5OmniVisionEncoder,
 )
+
+from data import BadInput, check_policy_folder, one_line, read_json, reading
 
 VISION_PATCHES = 65536  # patches that the vision tower sees at once: bounds its activations (0.9 GB for an MLP of the 7B)
 PREFILL_TOKENS = 32768  # padded prompt tokens computed at once before generation: bounds its activations
@@ -477,24 +478,29 @@ class Thinker(nn.Module):
         """Reads a Qwen2.5-Omni directory (of which the Thinker is taken) or a Thinker-only one.
 
         Every tensor is copied straight to its place, so at no time do two copies of the model exist.
-        Raises FileNotFoundError or ValueError naming the path and what was expected there.
+        Raises FileNotFoundError or BadInput naming the path and what was expected there.
         """
         path = Path(path)
-        with torch.device("meta"):
-            model = cls(read_config(path))
+        config = read_config(path)
+        with reading(path / "config.json"), torch.device("meta"):
+            model = cls(config)
+            rotations(torch.zeros(3, 1), config.text_config, dtype)  # a rotary setting that is missing shows here
         # Two buffers are computed, not stored: made of nothing above, they are built again for real.
         rotary, sinusoids = model.visual.rotary_pos_emb, model.audio_tower.positional_embedding
         model.visual.rotary_pos_emb = type(rotary)(model.visual.config).to(device)
         model.audio_tower.positional_embedding = type(sinusoids)(sinusoids.length, sinusoids.channels).to(device)
-        for shard in read_shards(path, dtype, device):
-            unexpected = model.load_state_dict(shard, strict=False, assign=True).unexpected_keys
+        for file, shard in read_shards(path, dtype, device):
+            try:
+                unexpected = model.load_state_dict(shard, strict=False, assign=True).unexpected_keys
+            except RuntimeError as error:  # shapes
+                raise BadInput(f"{file} does not fit {path / 'config.json'} ({one_line(error)})") from None
             if unexpected:
-                raise ValueError(f"{path} holds a weight that a Thinker does not have: {unexpected[0]}")
+                raise BadInput(f"{file} holds a weight that a Thinker does not have: {unexpected[0]}")
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if missing:
-            raise ValueError(f"{path} lacks {len(missing)} of the Thinker's weights, the first is {missing[0]}")
+            raise BadInput(f"{path} lacks {len(missing)} of the Thinker's weights, the first is {missing[0]}")
         return model
 
     def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None,
@@ -541,28 +547,36 @@ def prefill_batches(lengths: list[int]) -> list[list[int]]:
 
 def read_config(path: Path) -> Qwen2_5OmniThinkerConfig:
     """The Thinker's part of config.json; old spellings of the rotary settings are translated by transformers."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no directory; get the weights with: "
-                                f"hf download Qwen/Qwen2.5-Omni-7B --local-dir {path}")
+    check_policy_folder(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} holds no config.json; expected a Qwen2.5-Omni or Thinker checkpoint")
-    config = json.loads((path / "config.json").read_text())
-    config = config.get("thinker_config", config)
-    if config.get("model_type") != "qwen2_5_omni_thinker":
-        raise ValueError(f"{path}/config.json describes a {config.get('model_type')} model; expected qwen2_5_omni with "
-                         f"a thinker_config, or qwen2_5_omni_thinker")
-    return Qwen2_5OmniThinkerConfig.from_dict(config)
+    whole = read_json(path / "config.json")
+    config = whole.get("thinker_config", whole)
+    if not isinstance(config, dict) or config.get("model_type") != "qwen2_5_omni_thinker":
+        raise BadInput(f"{path}/config.json describes a {whole.get('model_type')} model; expected qwen2_5_omni with "
+                       f"a thinker_config, or qwen2_5_omni_thinker")
+    with reading(path / "config.json"):
+        return Qwen2_5OmniThinkerConfig.from_dict(config)
 
 
-def read_shards(path: Path, dtype: torch.dtype, device) -> Iterator[dict[str, Tensor]]:
-    """The Thinker's weights, file by file, without the prefix "thinker."; the full model's other parts are left out."""
+def read_shards(path: Path, dtype: torch.dtype, device) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+    """(file, the Thinker's weights in it), file by file, without the prefix "thinker."; the full model's other parts are
+    left out."""
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if not index.is_file() and not single.is_file():
         raise FileNotFoundError(f"{path} holds no weights; expected {single.name}, or {index.name} and its shards")
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [single.name]
+    files = [single]
+    if index.is_file():
+        named = read_json(index)
+        with reading(index):
+            files = [path / name for name in sorted(set(named["weight_map"].values()))]
     for file in files:
-        if not (path / file).is_file():
-            raise FileNotFoundError(f"{path / file} is missing, though {index.name} names it: incomplete download?")
-        with safe_open(path / file, framework="pt") as shard:  # maps the file; copy=True lets go of the mapping
-            yield {name.removeprefix("thinker."): shard.get_tensor(name).to(device, dtype, copy=True)
-                   for name in shard.keys() if not name.startswith(("talker.", "token2wav."))}
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, though {index.name} names it: incomplete download?")
+        try:
+            with safe_open(file, framework="pt") as shard:  # maps the file; copy=True lets go of the mapping
+                weights = {name.removeprefix("thinker."): shard.get_tensor(name).to(device, dtype, copy=True)
+                           for name in shard.keys() if not name.startswith(("talker.", "token2wav."))}
+        except SafetensorError as error:
+            raise BadInput(f"not a safetensors file: {file} ({one_line(error)}); incomplete download?") from None
+        yield file, weights

@@ -28,8 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageDraw
 from sam2.modeling.sam2_utils import get_1d_sine_pe
 
-from data import Clip, Processor, answer_text, global_prompt, grounding_prompt, keyframes, open_video, parse_boxes, parse_moments, \
-    read_sound, toy_clip
+from data import BadInput, Clip, Processor, answer_text, global_prompt, grounding_prompt, keyframes, one_line, open_video, \
+    parse_boxes, parse_moments, plain, read_sound, toy_clip
 from model import Thinker
 
 HERE = Path(__file__).parent
@@ -118,10 +118,10 @@ class Tracker:
     """
 
     def __init__(self, model):
-        """model  a SAM2Base in evaluation mode. Raises ValueError if it is not of the SAM 2.1 kind."""
+        """model  a SAM2Base in evaluation mode. Raises BadInput if it is not of the SAM 2.1 kind."""
         other = [name for name, value in SAM21.items() if getattr(model, name) != value]
         if other:
-            raise ValueError(f"not a SAM 2.1 model, it differs in: {', '.join(other)}")
+            raise BadInput(f"not a SAM 2.1 model, it differs in: {', '.join(other)}")
         self.model, self.side = model, model.image_size
         places = torch.empty(1, 1, *model.sam_prompt_encoder.image_embedding_size, device=model.device)
         self.top_place = model.image_encoder.neck.position_encoding(places).flatten(2).permute(2, 0, 1)     # [L, 1, D]
@@ -130,14 +130,15 @@ class Tracker:
     @classmethod
     def from_pretrained(cls, config, weights, device="cpu"):
         """config  a yaml file, or the name of one inside the package sam2, such as sam2.1_hiera_l.
-        weights  file {"model": state_dict} as published. Raises FileNotFoundError or ValueError naming the file."""
+        weights  file {"model": state_dict} as published. Raises FileNotFoundError or BadInput naming the file."""
         model = build_sam2(config)
         if not Path(weights).is_file():
             raise FileNotFoundError(f"no such file of SAM2 weights: {weights}")
         try:
-            model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["model"])
-        except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"not the SAM2 weights of config {config}: {weights} ({_one_line(error)})") from None
+            model.load_state_dict(dict(torch.load(weights, map_location="cpu", weights_only=True))["model"])
+        except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, RuntimeError,
+                pickle.UnpicklingError) as error:
+            raise BadInput(f"not the SAM2 weights of config {config}: {weights} ({one_line(error)})") from None
         return cls(model.to(device))
 
     # -- one call, start to end ---------------------------------------------------------------------------------------
@@ -289,11 +290,7 @@ def build_sam2(config):
         settings["_target_"] = "sam2.sam2_video_predictor.SAM2VideoPredictor"
         return hydra.utils.instantiate(settings).eval()
     except (yaml.YAMLError, OmegaConfBaseException, HydraException, ValueError) as error:
-        raise ValueError(f"not a SAM2 config, a yaml with the key model: {found[0]} ({_one_line(error)})") from None
-
-
-def _one_line(error, most=160):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+        raise BadInput(f"not a SAM2 config, a yaml with the key model: {found[0]} ({one_line(error)})") from None
 
 
 def find_config(weights):
@@ -359,6 +356,8 @@ def overlay(picture, mask, boxes=()):
 def write_result(out, clip, text, chosen, boxes, masks):
     """masks/00000.png ... at source size, overlay.webp (animated), answer.json."""
     os.makedirs(os.path.join(out, "masks"), exist_ok=True)
+    for old in Path(out, "masks").glob("*.png"):             # of a longer clip, perhaps
+        old.unlink()
     pictures = []
     for t, mask in enumerate(masks):
         Image.fromarray(mask.astype(np.uint8) * 255).save(os.path.join(out, "masks", f"{t:05d}.png"))
@@ -375,20 +374,22 @@ def write_result(out, clip, text, chosen, boxes, masks):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", help="video file or folder of frames; without it a toy clip is made")
     parser.add_argument("--query", help="what to segment")
     parser.add_argument("--sound", help="wav file; by default the video's own soundtrack")
-    parser.add_argument("--index", type=int, default=0, help="which toy clip, where no video is given")
+    parser.add_argument("--index", type=at_least(0), default=0, help="which toy clip, where no video is given")
     parser.add_argument("--policy", default=TOY_POLICY, help="directory of a Thinker, or of a full Qwen2.5-Omni")
     parser.add_argument("--sam2", help="config, a yaml file or a name inside the package sam2; by default told by the weights' name")
     parser.add_argument("--sam2_weights", default=TOY_SAM2)
     parser.add_argument("--out", default="out/segment")
-    parser.add_argument("--max_new_tokens", type=int, default=1024)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=1024)
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     a = parser.parse_args(arguments)
     if a.video and not a.query:
         parser.error("--video needs a --query")
+    if a.sound and not a.video:
+        parser.error("--sound needs a --video")
     try:
         clip = toy_clip("test", a.index) if a.video is None else video_clip(a.video, a.query, a.sound)
         if a.query:
@@ -398,10 +399,10 @@ def main(arguments=None):
         tracker = Tracker.from_pretrained(a.sam2 or find_config(a.sam2_weights), a.sam2_weights, a.device)
         (text, chosen, boxes, masks), = segment(policy, policy, processor, tracker, [clip], a.max_new_tokens)
         write_result(a.out, clip, text, chosen, boxes, masks)
-    except (OSError, ValueError) as error:
+    except (OSError, BadInput) as error:
         sys.exit(fail(error))
-    print(f"query: {clip.query}\n{text}\nboxes: {boxes}\nwritten: {a.out}/answer.json, overlay.webp and {len(masks)} masks of "
-          f"{masks.shape[2]} x {masks.shape[1]} pixels, {masks.any((1, 2)).sum()} of them not empty")
+    print(f"query: {plain(clip.query)}\n{text}\nboxes: {boxes}\nwritten: {a.out}/answer.json, overlay.webp and {len(masks)} "
+          f"masks of {masks.shape[2]} x {masks.shape[1]} pixels, {masks.any((1, 2)).sum()} of them not empty")
 
 
 def video_clip(path, query, sound):
@@ -411,13 +412,39 @@ def video_clip(path, query, sound):
         heard = read_sound(path)
     else:
         heard = None if sound is None else read_sound(sound)
+    if sound is not None and heard is None:
+        raise BadInput(f"no sound in: {sound}")
     return Clip(path, frames, query, fps, heard)
 
 
 def fail(error):
     """One line on stderr; the exit code of a program that was asked for what cannot be done."""
-    print(f"error: {error}", file=sys.stderr)
+    print("error:", *str(error).splitlines(), file=sys.stderr)
     return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse prints its usage, many lines, before an error; this one ends as everything else does."""
+    place = ""    # where the arguments come from, for the message
+
+    def error(self, message):
+        sys.exit(fail(f"{self.place}{message}"))
+
+
+def at_least(least):
+    """An argparse type: whole numbers from `least` on."""
+    def whole_number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return int(text)
+    return whole_number
+
+
+def device(text):
+    """An argparse type: cpu, or cuda where there is one."""
+    if text != "cpu" and not (text == "cuda" and torch.cuda.is_available()):
+        raise argparse.ArgumentTypeError(f"must be cpu, or cuda where there is such a GPU, not {text}")
+    return text
 
 
 if __name__ == "__main__":

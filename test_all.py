@@ -34,7 +34,7 @@ import eval as evaluation
 import model as model_file
 import train
 from data import (
-    COLOURS, Clip, Frames, OVERTONES, PITCH, Processor, SAMPLE_RATE, TOY_KINDS, TOY_SPLITS, UNSEEN_PAIRS,
+    BadInput, COLOURS, Clip, Frames, OVERTONES, PITCH, Processor, SAMPLE_RATE, TOY_KINDS, TOY_SPLITS, UNSEEN_PAIRS,
     _inside as shape_inside, answer_text, format_time, global_prompt, grounding_prompt, is_null, keyframes, open_video,
     parse_boxes, parse_moments, parse_time, read_image, read_sound, toy_clip, toy_queries, toy_scene)
 from eval import boundary_accuracy, region_similarity
@@ -225,18 +225,33 @@ def test_saved_processor_gives_the_same_inputs(tmp_path):
     assert copy.eos_ids == ours.eos_ids and copy.decode(a.ids) == ours.decode(a.ids)
 
 
-@pytest.mark.parametrize("name", ["preprocessor_config.json", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_incomplete_policy_directory_is_named(tmp_path, name):
     path = tmp_path / "policy"
-    with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(path))} is no directory.*hf download"):
         Processor(str(path))
     shutil.copytree(TOY, path, ignore=SMALL_FILES)
-    (path / name).write_text('{"broken": ')
-    with pytest.raises(ValueError, match=re.escape(str(path / name if "config" in name else path))):
-        Processor(str(path))
+    unfit = {"preprocessor_config.json": ["{}"], "config.json": ['{"model_type": "qwen2_5_omni_thinker", "text_config": [1]}'],
+             "tokenizer.json": [
+                 "{}", '{"model": 5}', '{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}']}
+    for content in ("", "[1]", '{"broken": ', b"\xff", *unfit.get(name, ["null"])):
+        (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(BadInput, match=re.escape(str(path / name))) as caught:
+            Processor(str(path))
+        assert "\n" not in str(caught.value)
     (path / name).unlink()
-    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(path))):
+    with pytest.raises((FileNotFoundError, BadInput), match=re.escape(str(path / name))):
         Processor(str(path))
+
+
+def test_a_sound_too_short_for_a_token_counts_as_none(pair):
+    ours, _, side = pair
+    for samples in (0, 1, ours.features.hop_length, 2 * ours.features.hop_length):
+        clip = noise_clip(side, side, 2, samples / SAMPLE_RATE)
+        inputs = ours.video_inputs(global_prompt(clip), clip.frames, clip.fps, clip.sound)
+        assert inputs.mel is None and ours.audio not in inputs.ids and ours.marks["audio_bos"] not in inputs.ids
+    clip = noise_clip(side, side, 2, 3 * ours.features.hop_length / SAMPLE_RATE)
+    assert (ours.video_inputs(global_prompt(clip), clip.frames, clip.fps, clip.sound).ids == ours.audio).sum() == 1
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------
@@ -253,6 +268,12 @@ def test_queries_smuggle_no_special_tokens(words):
         return [[i for i in prompt.ids.tolist() if i in special] for prompt in prompts]
 
     assert len(special) == 10 and specials("the " + words) == specials("the dog")
+
+
+def test_undecodable_queries_are_read():
+    clip, ours = Clip("", Frames(lambda t: noise_picture(32, 32), range(2)), "the \udcff\udce4 dog"), Processor(str(TOY))
+    assert "the ?? dog" in ours.decode(ours.video_inputs(global_prompt(clip), clip.frames).ids)
+    assert "the ?? dog" in ours.decode(ours.image_inputs(grounding_prompt(clip.query), clip.frames[0]).ids)
 
 
 def example_times(messages):
@@ -390,8 +411,33 @@ def test_missing_files_are_named(tmp_path, read, name):
 @pytest.mark.parametrize("content", [b"", b"hello" * 100, *(b"RIFF\x24\0\0\0WAVE" + part for part in (b"", b"fmt ", b"data"))])
 def test_broken_files_are_named(tmp_path, read, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path / name))):
         read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("rate, sound", [
+    (0, np.zeros(9, np.int16)), (16000, np.array([0, np.nan], np.float32)), (8000, np.array([np.inf, 0]))])
+def test_sounds_that_are_none_are_named(tmp_path, rate, sound):
+    wavfile.write(tmp_path / "a.wav", rate, sound)
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path / "a.wav"))):
+        read_sound(str(tmp_path / "a.wav"))
+
+
+@pytest.mark.parametrize("error", [SyntaxError("broken PNG"), ValueError("too large"), Image.DecompressionBombError("bomb")])
+def test_whatever_pillow_raises_names_the_picture(tmp_path, monkeypatch, error):
+    noise_picture(8, 8).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path / "a.png"))):
+        read_image(str(tmp_path / "a.png"))
+
+
+def test_frames_of_different_sizes_are_named(tmp_path):
+    for t, width in enumerate((60, 60, 61)):
+        noise_picture(width, 60).save(tmp_path / f"{t}.png")
+    frames, _ = open_video(str(tmp_path))
+    assert frames[1].size == (60, 60)
+    with pytest.raises(BadInput, match=re.escape(str(tmp_path / "2.png"))):
+        frames[2]
 
 
 def test_broken_frames_are_named(tmp_path):
@@ -1444,7 +1490,38 @@ def drop_thinker_weights(path):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def first_shard(change):
+    """A breakage: changes the bytes of the first shard."""
+    def breakage(path):
+        file = path / "model-00001-of-00003.safetensors"
+        file.write_bytes(change(file.read_bytes()))
+    return breakage
+
+
+def reshape_one(path):
+    file = path / "model-00001-of-00003.safetensors"
+    shard = load_file(file)
+    save_file({**shard, "thinker.lm_head.weight": torch.ones(2, 3)}, file)
+
+
+def write(name, text):
+    return lambda path: (path / name).write_text(text)
+
+
+INDEX = "model.safetensors.index.json"
+THINKER = '{"model_type": "qwen2_5_omni", "thinker_config": %s}'
+
+
 @pytest.mark.parametrize("breakage, error, message", [
+    *((first_shard(change), BadInput, "not a safetensors file: .*00001-of-00003")
+      for change in (lambda b: b"", lambda b: b[:-100], lambda b: b[:20], lambda b: b"garbage" * 99)),
+    (reshape_one, BadInput, "00001-of-00003.* does not fit .*config.json .*size mismatch"),
+    *((write(INDEX, text), BadInput, "index.json")
+      for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": null, "b": "c"}}')),
+    *((write("config.json", text), BadInput, "config.json")
+      for text in ("", "[1]", "{}", THINKER % "[]", THINKER % '{"model_type": "qwen2_5_omni_thinker", "text_config": [1]}',
+                   THINKER % '{"model_type": "qwen2_5_omni_thinker", "text_config": {"num_attention_heads": 0}}',
+                   THINKER % '{"model_type": "qwen2_5_omni_thinker", "text_config": {"rope_parameters": {"rope_theta": 1}}}')),
     (shutil.rmtree, FileNotFoundError, "hf download Qwen/Qwen2.5-Omni-7B --local-dir"),
     (lambda path: (path / "config.json").unlink(), FileNotFoundError, "holds no config.json"),
     (lambda path: (path / "config.json").write_text('{"model_type": "qwen2_5_omni_talker"}'), ValueError,
@@ -1459,7 +1536,7 @@ def drop_thinker_weights(path):
 ])
 def test_broken_directories_are_refused_in_one_line(omni, breakage, error, message):
     breakage(omni)
-    with pytest.raises(error, match=message) as caught:
+    with pytest.raises(BadInput if error is ValueError else error, match=message) as caught:
         Thinker.from_pretrained(omni)
     assert str(omni) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -1572,12 +1649,15 @@ def test_wrong_files_are_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("model: {image_size: 128}")
     torch.save({"model": {"image_encoder.weight": torch.zeros(1)}}, tmp_path / "other.pt")
     (tmp_path / "torn.pt").write_bytes(b"PK torn")
+    odd = dict(tensor=torch.zeros(3), scalar=torch.tensor(1.0), numbered={"model": {1: 2}}, listed={"model": [1]})
+    for name, content in odd.items():
+        torch.save(content, tmp_path / f"{name}.pt")
     for kind, files, words in [
             (FileNotFoundError, ("sam2.1_hiera_xl", weights), "no such SAM2 config: sam2.1_hiera_xl .*sam2.1_hiera_l"),
             (FileNotFoundError, (config, tmp_path / "none.pt"), "no such file of SAM2 weights: .*none.pt"),
-            (ValueError, (tmp_path / "bad.yaml", weights), "not a SAM2 config.*bad.yaml"),
-            (ValueError, (config, tmp_path / "other.pt"), "not the SAM2 weights of config .*other.pt"),
-            (ValueError, (config, tmp_path / "torn.pt"), "not the SAM2 weights of config .*torn.pt")]:
+            (BadInput, (tmp_path / "bad.yaml", weights), "not a SAM2 config.*bad.yaml"),
+            *((BadInput, (config, tmp_path / f"{name}.pt"), f"not the SAM2 weights of config .*{name}.pt")
+              for name in ("other", "torn", "tensor", "scalar", "numbered", "listed"))]:
         with pytest.raises(kind, match=words) as caught:
             Tracker.from_pretrained(*files)
         assert "\n" not in str(caught.value)
@@ -1838,13 +1918,14 @@ def test_an_epoch_draws_every_clip_once_whatever_the_number_of_processes():
 # ------------------------------------------------------------------------------------------------ the programs
 
 
-def run(*arguments, processes=0):
+def run(program, *arguments, processes=0):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29611"] if processes else []
-    return subprocess.run([sys.executable, *launcher, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *launcher, ROOT / program, "--device", "cpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_two_processes_update_as_one(tmp_path, monkeypatch):
-    common = [ROOT / "train.py", "--steps", "2", "--batch", "4", "--group", "4", "--threads", "1", "--updates", "2", "--average", "token"]
+    common = "train.py --steps 2 --batch 4 --group 4 --threads 1 --updates 2 --average token".split()
     rows = {}
     for name, processes in (("one", 0), ("two", 2)):
         monkeypatch.chdir(tmp_path)
@@ -1863,28 +1944,111 @@ def test_two_processes_update_as_one(tmp_path, monkeypatch):
 
 def test_without_a_learning_rate_nothing_is_learned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(ROOT / "train.py", "--steps", "1", "--batch", "2", "--group", "2", "--lr", "0", "--threads", "1")
+    (tmp_path / "out/run/step-000007").mkdir(parents=True)
+    (tmp_path / "out/run/metrics.jsonl").write_text("old\n")
+    done = run("train.py", "--steps", "1", "--batch", "2", "--group", "2", "--lr", "0", "--threads", "1", "--overwrite", "true")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "out/run/step-000007").exists()
     after, before = (load_file(Path(p) / "model.safetensors") for p in (tmp_path / "out/run/policy", TOY_POLICY))
     assert all(torch.equal(after[k], before[k].float()) for k in before)
-    row = json.loads(open(tmp_path / "out/run/metrics.jsonl").readline())
+    (row,) = (json.loads(line) for line in open(tmp_path / "out/run/metrics.jsonl"))
     assert {"base", "number", "length", "overlap", "saliency", "alignment", "mismatch", "consistency", "format", "malformed", "reward",
             "equal_groups", "kl", "entropy", "clipped_low", "clipped_high", "seconds", "memory_gb"} <= set(row)
+
+
+OUT_OF_LIMITS = dict(
+    **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "plot_every"), [0]),
+    **dict.fromkeys(("seed", "warmup", "top_k", "threads"), [-1]),
+    **dict.fromkeys(("lr", "weight_decay", "beta", "clip_high"), [-0.1, math.inf, math.nan]),
+    **dict.fromkeys(("keyframe", "saliency", "alignment", "consistency"), [-math.inf, math.nan]),
+    **dict.fromkeys(("temperature", "clip_norm"), [0.0, math.inf, math.nan]),
+    group=[1], top_p=[0.0, 1.1, math.nan], clip_low=[-0.1, 1.1, math.nan], name=["", ".", "..", "a/b", "/a", "a/"],
+    device=["tpu", "cuda:1", *["cuda"] * (not torch.cuda.is_available())])
 
 
 @pytest.mark.parametrize("arguments, named", [
     (["train.py", "--learning_rate", "1"], "--learning_rate"), (["train.py", "--lr", "fast"], "fast"),
     (["train.py", "--policy", "nowhere"], "nowhere"), (["train.py", "--sam2_weights", "nowhere.pt"], "nowhere"),
     (["train.py", "--data", "coco"], "coco"), (["train.py", "--kl", "k4"], "k4"),
+    (["train.py", "--name", "earlier"], "out/earlier/metrics.jsonl"),
+    (["train.py", "--name", "own", "--policy", "out/own/step-000100"], "out/own"),
+    *((["train.py", f"--{name}={value}"], f"--{name} {value}: must be ")
+      for name, values in OUT_OF_LIMITS.items() for value in values),
+    *((["train.py", "--policy", name], f"{name}/training.json") for name in ("listed", "torn", "unknown", "typed", "chosen")),
+    (["train.py", "--policy", "limited"], "--group 1: must be "),
     (["eval.py", "--bench", "coco"], "coco"), (["eval.py", "--policy", "nowhere"], "nowhere"),
+    *((line.split(), line.split()[1]) for line in (
+        "eval.py --clips 0", "eval.py --batch -1", "eval.py --max_new_tokens many", "eval.py --device tpu",
+        "segment.py --index -1", "segment.py --max_new_tokens 0", "segment.py --device tpu")),
+    *((["eval.py", "--clips", "2", "--policy", "nowhere", "--against", name], name)
+      for name in ("listed/training.json", "torn/training.json", "other.json", "scoreless.json", "nowhere.json")),
+    (["eval.py", "--policy", "nowhere", "--out", "here", "--against", "here/results.json"], "here/results.json"),
+    (["eval.py", "--policy", "nowhere", "--out", "other.json"], "other.json"),
+    (["segment.py", "--sound", "a.wav"], "--sound"), (["segment.py", "--video", "a.avi"], "--query"),
+    (["segment.py", "--video", "a.avi", "--query", "a", "--sound", "a.avi"], "no sound in: a.avi"),
+    (["segment.py", "--video", "two\nlines.mp4", "--query", "a"], "two lines.mp4"),
     (["segment.py", "--video", "nowhere.mp4", "--query", "a"], "nowhere.mp4")])
-def test_programs_name_what_is_wrong_in_one_line(arguments, named, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_programs_name_what_is_wrong_in_one_line(arguments, named, broken_world, monkeypatch, capsys):
+    monkeypatch.chdir(broken_world)
     program = {"train.py": train.main, "eval.py": evaluation.main, "segment.py": segment_main}[arguments[0]]
     with pytest.raises(SystemExit) as stop:
         program(arguments[1:])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and named in lines[-1] and "error" in lines[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and named in line and line.startswith("error: ")
+
+
+@pytest.fixture(scope="module")
+def broken_world(tmp_path_factory):
+    """A folder of what can be wrong."""
+    path = tmp_path_factory.mktemp("broken")
+    (path / "out/earlier").mkdir(parents=True)
+    (path / "out/earlier/metrics.jsonl").touch()
+    advised = dict(listed="[1]", torn='{"lr": ', unknown='{"learning_rate": 1}', typed='{"steps": 4.5}', chosen='{"kl": "k4"}',
+                   limited='{"group": 1}')
+    for name, advice in advised.items():
+        (path / name).mkdir()
+        (path / name / "training.json").write_text(advice)
+    (path / "other.json").write_text('{"clips": [{"clip": "test/0", "J&F": 0.5}]}')
+    (path / "scoreless.json").write_text('{"clips": [{"clip": "test/0", "J&F": "high"}, {"clip": "test/1"}]}')
+    write_avi(path / "a.avi", (48, 32), [jpeg(Image.new("RGB", (48, 32)))] * 3, 5)
+    return path
+
+
+def test_every_number_has_limits_and_advice_yields_to_the_command_line(tmp_path):
+    numbers = {f.name for f in train.dataclasses.fields(train.Settings) if f.type in (int, float)}
+    assert numbers <= set(train.LIMITS) == set(OUT_OF_LIMITS)
+    (tmp_path / "training.json").write_text('{"lr": 1, "steps": "7", "skip_equal": true, "group": 1}')
+    settings = train.read_settings(["--policy", str(tmp_path), "--group", "2"])
+    assert (settings.lr, settings.steps, settings.skip_equal, settings.group) == (1.0, 7, True, 2)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for program in (evaluation, sys.modules["segment"], train):
+        monkeypatch.setattr(program, "Processor", lambda path: (_ for _ in ()).throw(ValueError("bug")))
+        with pytest.raises(ValueError, match="bug"):
+            program.main(["--device", "cpu"])
+
+
+def test_a_run_stops_after_some_steps_in_a_row_without_a_finite_gradient(tmp_path, monkeypatch):
+    norms = itertools.chain([math.nan, 1.0], itertools.repeat(math.nan))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    monkeypatch.setattr(train, "PATIENCE", 2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="step 1: ") as stop:
+        train.main("--device cpu --steps 9 --batch 1 --group 2 --max_new_tokens 2 --updates 3 --beta 0 --consistency 0".split())
+    assert "\n" not in stop.value.code
+    assert [json.loads(line)["skipped"] for line in open("out/run/metrics.jsonl")] == [2, 3]
+
+
+def test_weights_are_sharded_where_they_are_told(monkeypatch):
+    meshes = []
+    monkeypatch.setattr(train, "fully_shard", lambda module, *, mesh, **_: meshes.append(mesh.device_type))
+    try:
+        train.shard(Thinker(tiny_config()), torch.float32, train.start_processes("cpu")[2])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(meshes) > 1 and set(meshes) == {"cpu"}
 
 
 def segment_main(arguments):
@@ -1897,7 +2061,9 @@ def test_segment_writes_masks_at_the_videos_own_size(tmp_path):
     (tmp_path / "frames").mkdir()
     for t in range(len(clip.frames)):
         clip.frames[t].resize((200, 150)).save(tmp_path / "frames" / f"{t}.png".zfill(9))
-    segment_main(["--video", str(tmp_path / "frames"), "--query", clip.query, "--out", str(tmp_path / "out")])
+    (tmp_path / "out/masks").mkdir(parents=True)
+    (tmp_path / "out/masks/00099.png").touch()                 # of an earlier, longer clip
+    segment_main(["--device", "cpu", "--video", str(tmp_path / "frames"), "--query", clip.query, "--out", str(tmp_path / "out")])
     answer = json.loads((tmp_path / "out/answer.json").read_text())
     assert {"reasoning", "answer", "keyframes", "query"} <= set(answer)
     from PIL import Image
@@ -1925,5 +2091,20 @@ def test_paired_difference_by_hand():
     others = [dict(clip=str(i), **{"J&F": v}) for i, v in enumerate((0.4, 0.4, 0.4))]
     mean, half = evaluation.paired_difference(rows, others)
     assert mean == pytest.approx(0.3) and half == pytest.approx(1.96 * 0.2 / math.sqrt(3))
-    with pytest.raises(ValueError, match="same clips"):
+    with pytest.raises(BadInput, match="same clips"):
         evaluation.paired_difference(rows, others[:2])
+    assert evaluation.paired_difference(rows[:1], others[:1]) == (pytest.approx(0.1), None)
+
+
+def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch, capsys):
+    (tmp_path / "other.json").write_text('{"clips": [{"clip": "test/0", "J&F": 0.5}]}')
+    monkeypatch.chdir(tmp_path)
+    arguments = "--clips 1 --max_new_tokens 2 --device cpu --out . --against other.json".split()
+    evaluation.main(arguments)
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)        # no NaN
+    assert written["against"]["half_interval"] is None and "+-" not in capsys.readouterr().out
+    (tmp_path / "results.json").unlink()
+    monkeypatch.setattr(evaluation, "paired_difference", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluation.main(arguments)
+    assert len(json.loads((tmp_path / "results.json").read_text())["clips"]) == 1

@@ -14,22 +14,27 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from data import Processor, open_data, sample_order
+from data import BadInput, Processor, open_data, read_json, sample_order
 from grpo import Stopwatch, Systems, accumulate_gradients, collect, equal_rewards
 from model import Thinker
-from segment import TOY_POLICY, TOY_SAM2, Tracker, fail, find_config
+from segment import TOY_POLICY, TOY_SAM2, Parser, Tracker, fail, find_config
+
+PATIENCE = 5  # steps in a row with a non-finite gradient before a run gives up
 
 
 def setting(default, meaning, **more):
@@ -40,6 +45,7 @@ def setting(default, meaning, **more):
 class Settings:
     # What is trained on what
     name: str = setting("run", "of the run; everything is written to out/NAME")
+    overwrite: bool = setting(False, "whether an earlier run of that name is replaced")
     policy: str = setting(TOY_POLICY, "directory of a Thinker or a full Qwen2.5-Omni; its copy is reference and System 2")
     sam2: str = setting("", "SAM2 config, a yaml file or a name inside the package sam2; empty: told by the weights' name")
     sam2_weights: str = setting(TOY_SAM2, "SAM2 weights, a .pt file")
@@ -88,24 +94,48 @@ class Settings:
     plot_every: int = setting(20, "steps between drawings of curves.png")
 
 
+def no_less_than(least):
+    return lambda value: least <= value < math.inf, f"at least {least} and finite"
+
+
+LIMITS = {  # setting -> (test, what it must be); nan passes none
+    **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "plot_every"), no_less_than(1)),
+    **dict.fromkeys(("seed", "lr", "warmup", "weight_decay", "top_k", "beta", "clip_high", "threads"), no_less_than(0)),
+    **dict.fromkeys(("keyframe", "saliency", "alignment", "consistency"), (math.isfinite, "finite")),
+    **dict.fromkeys(("temperature", "clip_norm"), (lambda value: 0 < value < math.inf, "above 0 and finite")),
+    "group": no_less_than(2),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "clip_low": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "name": (lambda value: value not in ("", ".", "..") and os.path.basename(value) == value and value.isprintable(),
+             "the plain name of a folder"),
+    "device": (lambda value: value == "cpu" or value == "cuda" and torch.cuda.is_available(),
+               "cpu, or cuda where there is such a GPU"),
+}
+
+
 def read_settings(arguments=None):
     """Settings from defaults, the policy directory's training.json, and the command line. Exits with code 2 and one line for
-    an unknown name or a wrong type."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    an unknown name, a wrong type, or a value out of its limits."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(Settings):
         parser.add_argument(f"--{f.name}", type=_boolean if f.type is bool else f.type, choices=f.metadata.get("choices"),
                             metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (default: {f.default})")
     given = vars(parser.parse_args(arguments))
     advice = os.path.join(given.get("policy", Settings.policy), "training.json")
-    advised = {}
     if os.path.isfile(advice):
-        with open(advice) as file:
-            advised = json.load(file)
-        unknown = set(advised) - {f.name for f in dataclasses.fields(Settings)}
-        if unknown:
-            parser.error(f"unknown setting in {advice}: {', '.join(sorted(unknown))}")
-    return Settings(**{**advised, **given})
+        try:
+            advised = read_json(advice)
+        except BadInput as error:
+            sys.exit(fail(error))
+        parser.place = f"{advice}: "
+        given = vars(parser.parse_args([f"--{name}={value}" for name, value in advised.items()])) | given
+    settings = Settings(**given)
+    for name, (test, wanted) in LIMITS.items():
+        value = getattr(settings, name)
+        if not test(value):
+            sys.exit(fail(f"--{name} {value}: must be {wanted}"))
+    return settings
 
 
 def _boolean(text):
@@ -130,14 +160,16 @@ def start_processes(device):
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
-def shard(thinker, dtype):
+def shard(thinker, dtype, device):
     """Shards the language model's weights over all processes (FSDP2): float32 at rest, `dtype` in computation. The frozen
     towers stay whole on every process, outside, so that a clip without sound cannot make the others wait."""
     towers = {p for tower in (thinker.visual, thinker.audio_tower) for p in tower.parameters()}
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))      # untold, it would be of GPUs where there are any
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     for layer in thinker.model.layers:
-        fully_shard(layer, mp_policy=precision, reshard_after_forward=False)
-    fully_shard(thinker, mp_policy=precision, reshard_after_forward=False, ignored_params=towers)
+        fully_shard(layer, **options)
+    fully_shard(thinker, ignored_params=towers, **options)
     for method in ("generate", "logprobs"):
         register_fsdp_forward_method(thinker, method)
 
@@ -159,7 +191,7 @@ def main(arguments=None):
     rank, world, device = start_processes(settings.device)
     try:
         train(settings, rank, world, device)
-    except (OSError, ValueError) as error:
+    except (OSError, BadInput) as error:                       # anything else is a bug and keeps its traceback
         sys.exit(fail(error))
     finally:
         dist.destroy_process_group()
@@ -167,8 +199,10 @@ def main(arguments=None):
 
 def train(settings, rank, world, device):
     if settings.batch % world:
-        raise ValueError(f"--batch {settings.batch} cannot be shared by {world} processes; take a multiple")
+        raise BadInput(f"--batch {settings.batch} cannot be shared by {world} processes; take a multiple")
     out = os.path.join("out", settings.name)
+    check_place(out, settings)
+    dist.barrier()                                             # nobody opens the log before all have looked
     data = open_data(settings.data, "train")
     systems = load_systems(settings, device)
     policy = systems.policy
@@ -176,6 +210,7 @@ def train(settings, rank, world, device):
     optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay)
     log = start_log(out, settings, world) if rank == 0 else None
     bar = tqdm(range(settings.steps), desc=settings.name, disable=rank != 0, mininterval=1.0)
+    unfit = 0                                                  # steps in a row with a non-finite gradient
     for step in bar:
         watch = Stopwatch()
         for p in optimizer.param_groups:
@@ -184,15 +219,19 @@ def train(settings, rank, world, device):
         for part in range(settings.accumulate):
             clips, seeds = draw(data, step * settings.accumulate + part, settings, rank, world)       # 1
             groups += collect(systems, clips, seeds, settings, watch)                                 # 2 to 7
-        sums, norm = update(systems, optimizer, groups, settings, world, device)                      # 8
+        sums, norm, skipped = update(systems, optimizer, groups, settings, world, device)             # 8
         watch.lap("update")
-        row = metrics(step, groups, sums, norm, watch, optimizer, device)
+        row = metrics(step, groups, sums, norm, skipped, watch, optimizer, device)
         if rank == 0:
             log.write(json.dumps(row) + "\n")
             log.flush()
             bar.set_postfix(reward=f"{row['reward']:.2f}", J=f"{row['consistency']:.3f}", kl=f"{row['kl']:.4f}")
             if (step + 1) % settings.plot_every == 0 or step + 1 == settings.steps:
                 plot(out)
+        unfit = unfit + 1 if skipped else 0
+        if unfit == PATIENCE:                                  # the same on every process
+            bar.close()
+            sys.exit(f"error: step {step}: the {PATIENCE}th step in a row with a non-finite gradient; see {out}/metrics.jsonl")
         if (step + 1) % settings.save_every == 0:
             save(systems, os.path.join(out, f"step-{step + 1:06d}"), rank)
     save(systems, os.path.join(out, "policy"), rank)
@@ -209,7 +248,7 @@ def load_systems(settings, device):
     reference = Thinker.from_pretrained(settings.policy, dtype, device).requires_grad_(False)
     policy.visual, policy.audio_tower = reference.visual, reference.audio_tower
     policy.gradient_checkpointing = settings.checkpointing
-    shard(policy, dtype)
+    shard(policy, dtype, device)
     return Systems(policy, reference, processor, tracker)
 
 
@@ -230,12 +269,14 @@ def schedule(step, settings):
 
 
 def update(systems, optimizer, groups, settings, world, device):
-    """Step 8: `updates` optimizer steps on a batch. Returns the log's sums over all processes, and the gradient's norm."""
+    """Step 8: `updates` optimizer steps on a batch. Returns the log's sums over all processes, the last gradient's norm, and
+    how many updates were skipped because theirs was not finite."""
     policy = systems.policy
     counted = [g for g in groups if not (settings.skip_equal and equal_rewards(g))]
     completions, tokens = (sum(g.size[k] for g in counted) for k in (0, 1))
     total = sums_over_processes(dict(completions=completions, tokens=tokens), device)
     totals = max(total["completions"], 1.0), max(total["tokens"], 1.0)
+    skipped = 0
     for number in range(settings.updates):
         sums = {}
         for i, group in enumerate(groups):
@@ -246,13 +287,15 @@ def update(systems, optimizer, groups, settings, world, device):
             sums = {k: sums.get(k, 0.0) + v for k, v in part.items()}
         norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], settings.clip_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if math.isfinite(norm):                                # the same on every process; else the update is skipped
+        if math.isfinite(norm):                                # the same on every process
             optimizer.step()
+        else:
+            skipped += 1
         optimizer.zero_grad()
-    return sums_over_processes(sums, device), norm
+    return sums_over_processes(sums, device), norm, skipped
 
 
-def metrics(step, groups, sums, norm, watch, optimizer, device):
+def metrics(step, groups, sums, norm, skipped, watch, optimizer, device):
     """One line of the log: means over all completions of all processes, seconds of this process's phases."""
     terms = [t for g in groups for t in g.terms]
     values = {name: sum(t[name] for t in terms) for name in terms[0]}
@@ -266,7 +309,7 @@ def metrics(step, groups, sums, norm, watch, optimizer, device):
                reward_std=values.pop("spread") / groups_n, **{k: v / n for k, v in values.items()},
                loss=sums["loss"], kl=sums["kl"] / tokens, entropy=sums["entropy"] / tokens,
                clipped_low=sums["clipped_low"] / tokens, clipped_high=sums["clipped_high"] / tokens,
-               gradient_norm=norm if math.isfinite(norm) else None, skipped=int(not math.isfinite(norm)),
+               gradient_norm=norm if math.isfinite(norm) else None, skipped=skipped,
                seconds=watch.seconds | dict(step=sum(watch.seconds.values())), memory_gb=peak_memory(device))
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 
@@ -282,9 +325,21 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # What is written
 # ---------------------------------------------------------------------------------------------------------------------
+def check_place(out, settings):
+    """Raises BadInput where the run would destroy an earlier one, or, replacing it, its own policy."""
+    log = os.path.join(out, "metrics.jsonl")
+    if os.path.exists(log) and not settings.overwrite:
+        raise BadInput(f"{log} is the log of an earlier run; give another --name, or --overwrite true")
+    if Path(out).resolve() in Path(settings.policy).resolve().parents:
+        raise BadInput(f"--policy {settings.policy} lies in {out}, where the run would replace it; give another --name")
+
+
 def start_log(out, settings, world):
-    """Prints and saves the run's identity; opens metrics.jsonl."""
+    """Prints and saves the run's identity; opens metrics.jsonl. What is overwritten loses its checkpoints."""
     os.makedirs(out, exist_ok=True)
+    if settings.overwrite:
+        for old in Path(out).glob("step-*"):
+            shutil.rmtree(old)
     revision = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"],
                               capture_output=True, text=True)
     identity = dict(settings=dataclasses.asdict(settings), processes=world, revision=revision.stdout.strip(),
@@ -321,7 +376,7 @@ def plot(out):
     names = ("reward", "consistency", "base", "alignment", "number", "kl", "entropy", "tokens")
     for axis, name in zip(axes.flat, names):
         values = np.array([row[name] for row in rows])
-        window = max(1, len(values) // 20)
+        window = max(1, len(values) // 8)
         axis.plot(values, alpha=0.3)
         axis.plot(np.arange(window - 1, len(values)), np.convolve(values, np.ones(window) / window, "valid"))
         axis.set_title(name)
