@@ -3,7 +3,9 @@ PYTHON ?= python3
 PY = .venv/bin/python
 TOY ?= --clips 60
 
-# Freed memory stays with the process instead of being fetched from the system anew, page by page, at every step.
+# The toy's tensors are too small to share among threads. Freed memory stays with the process instead of being fetched from the
+# system anew, page by page, at every step.
+export OMP_NUM_THREADS = 1
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 
