@@ -40,6 +40,7 @@ POLICY, SAM2 = os.path.join(HERE, "policy"), os.path.join(HERE, "sam2")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|IMAGE|>", "<|VIDEO|>", "<|audio_bos|>", "<|audio_eos|>",
            "<|vision_bos|>", "<|vision_eos|>"]
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}"
+        "{% elif c.type == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|>"
         "{% else %}<|vision_bos|><|{{ c.type | upper }}|><|vision_eos|>{% endif %}{% endfor %}<|im_end|>{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>{{ 'assistant\n' }}{% endif %}")
 PREPROCESSING = dict(
