@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import answer_text, global_prompt, is_null, keyframes, parse_moments
-from rewards import combine, format_reward, length_bonus, vos_rewards
-from segment import ground, track_group
+from data import answer_text, is_null, prompt_inputs
+from rewards import avs_reward, combine, format_reward, image_rewards, length_bonus, mask_box, question_reward, vos_rewards
+from segment import frames_to_ground, ground, track_group
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,6 +106,7 @@ class Group:
     advantages: Tensor | None = None        # (G,)
     old_logp: Tensor | None = None          # (G, C) at rollout; set when the batch is used more than once
     reference_logp: Tensor | None = None    # (G, C)
+    fault: str = ""               # why the clip could not be read: then a blank one stands in, and nothing of this counts
 
     @property
     def size(self):
@@ -131,8 +132,7 @@ def collect(systems, clips, seeds, settings, watch):
     """Steps 2 to 7 for B clips -> B Groups. seeds: one whole number per clip, from which its prompt's example times and its
     samples follow, whatever else is in the batch."""
     # 2. roll out G completions for each clip
-    messages = [global_prompt(clip, np.random.default_rng(seed)) for clip, seed in zip(clips, seeds)]
-    inputs = [systems.processor.video_inputs(m, clip.frames, clip.fps, clip.sound) for m, clip in zip(messages, clips)]
+    inputs = [prompt_inputs(systems.processor, clip, np.random.default_rng(seed)) for clip, seed in zip(clips, seeds)]
     watch.lap("data")
     prompts = systems.reference.embed(inputs)        # the frozen towers run once, for rollout, policy and reference alike
     drawn = systems.policy.generate(prompts, settings.group, settings.max_new_tokens, eos_ids=systems.processor.eos_ids,
@@ -141,46 +141,71 @@ def collect(systems, clips, seeds, settings, watch):
     watch.lap("rollout")
 
     # 3. read the keyframes and descriptions of every completion: {frame: description}
-    chosen = [[keyframes(parse_moments(text, len(clip.frames), clip.fps)) for text in group] for clip, group in zip(clips, texts)]
+    chosen = [[frames_to_ground(clip, text) for text in group] for clip, group in zip(clips, texts)]
 
     # 4. System 2 grounds them: {frame: boxes}
     boxes = ground(systems.reference, systems.processor, clips, chosen)
     watch.lap("grounding")
 
     # 5. SAM2 tracks all boxes of a group at once
-    if settings.consistency:
-        tracked = [track_group(systems.tracker, clip, group) for clip, group in zip(clips, boxes)]
-    else:                                    # nothing would look at the masks
-        tracked = [[None] * settings.group for _ in clips]
+    tracked = [track_group(systems.tracker, clip, group) if settings.consistency and clip.task == "vos"
+               else [None] * settings.group                         # nothing would look at the masks
+               for clip, group in zip(clips, boxes)]
     watch.lap("masks")
 
     # 6. reward terms, then one number; 7. advantages within the group
     groups = []
-    for clip, prompt, ids, *answers in zip(clips, prompts, drawn, texts, boxes, tracked):
-        terms = [reward_terms(clip, *answer) for answer in zip(*answers)]
+    for clip, x, prompt, ids, *answers in zip(clips, inputs, prompts, drawn, texts, boxes, tracked):
+        terms = [reward_terms(clip, x.scale, *answer) for answer in zip(*answers)]
         rewards = total_rewards(terms, [len(row) for row in ids], settings)
         lengths = torch.tensor([len(row) for row in ids])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()                    # (G, C)
         groups.append(Group(prompt, pad_sequence(ids, batch_first=True), mask, answers[0], terms, rewards,
-                            group_advantages(rewards, settings.group, scale=settings.scale_by_std)))
+                            group_advantages(rewards, settings.group, scale=settings.scale_by_std), fault=clip.fault))
     watch.lap("rewards")
     return groups
 
 
-def reward_terms(clip, text, boxes, tracked):
-    """Every reward term of one completion by name, and whether it could not be used at all (`malformed`)."""
-    terms = vos_rewards(text, clip.masks, boxes, tracked, clip.fps)
-    readable = is_null(answer_text(text)) or bool(boxes)
+def reward_terms(clip, scale, text, boxes, tracked):
+    """Every reward term of one completion by name, and whether it could not be used at all (`malformed`).
+    scale: source pixels per pixel of the picture that the completion's own boxes are in, (x, y)."""
+    answer = answer_text(text)
+    if clip.task == "vos":
+        terms, readable = vos_rewards(text, clip.masks, boxes, tracked, clip.fps), is_null(answer) or bool(boxes)
+    elif clip.task == "avs":
+        terms, readable = dict(first_box=first_frame_reward(answer, boxes, clip.masks)), bool(answer)
+    elif clip.task == "image":
+        box, points = (np.asarray(clip.truth[k]) / np.resize(scale, n) for k, n in (("box", 4), ("points", (2, 2))))
+        terms = image_rewards(text, tuple(box), points)
+        terms["strict"] = terms.pop("format")                    # the answer's own form, beside that of the whole text
+        readable = terms["strict"] > 0
+    else:
+        terms, readable = dict(accuracy=question_reward(clip.truth["type"], text, clip.truth["solution"])), bool(answer)
     return terms | dict(format=format_reward(text), malformed=float(not readable))
 
 
+def first_frame_reward(answer, boxes, masks):
+    """Reward of Ref-AVS (method.md, 3): IoU of the first box found on frame 0 with the true one; where nothing is to be found
+    (ours), 1 for saying so. masks bool [O, T, H, W]."""
+    true = mask_box(masks[:, 0].any(0))
+    if true is None:
+        return float(is_null(answer))
+    return avs_reward(next(iter(boxes.get(0, ())), None), true)
+
+
 def total_rewards(terms, lengths, settings):
-    """(G,) rewards of a group from its terms: format + the weighted accuracy terms (+ length control)."""
+    """(G,) rewards of a group from its terms: format + the accuracy terms, weighted for masks (+ length control)."""
     weights = dict(keyframe=settings.keyframe, saliency=settings.saliency, alignment=settings.alignment,
                    consistency=settings.consistency)
-    accuracy = np.array([combine(t, weights, settings.clip_reward) for t in terms])
+    accuracy = np.array([combine(t, weights, settings.clip_reward) if "base" in t
+                         else sum(v for k, v in t.items() if k not in ("format", "malformed")) for t in terms])
     bonus = length_bonus(accuracy, lengths) if settings.length_control else 0.0
     return np.array([t["format"] for t in terms]) + accuracy + bonus
+
+
+def left_out(group, settings):
+    """Whether a group is no part of the loss."""
+    return bool(group.fault) or (settings.skip_equal and equal_rewards(group))
 
 
 def equal_rewards(group):
@@ -204,9 +229,10 @@ def accumulate_gradients(systems, group, settings, totals, scale, first, keep):
     loss, sums = policy_loss(logp, advantages, mask, group.old_logp, group.reference_logp, beta=settings.beta, kl=settings.kl,
                              clip_low=settings.clip_low, clip_high=settings.clip_high, ratio=settings.ratio,
                              average=settings.average, longest=settings.max_new_tokens, totals=totals)
-    if settings.skip_equal and equal_rewards(group):
+    if left_out(group, settings):
         loss = loss * 0.0                    # still a backward pass, so that all processes run the same collectives
     (loss * scale).backward()
     if first and keep:
         group.old_logp = logp.detach()
-    return sums | dict(loss=loss.detach(), entropy=(entropy * mask).sum(), tokens=mask.sum())
+    sums |= dict(loss=loss.detach(), entropy=(entropy * mask).sum(), tokens=mask.sum())
+    return {k: v * (not group.fault) for k, v in sums.items()}

@@ -8,6 +8,7 @@ Letters: O objects, T frames, H W pixels, G completions of one prompt. A box is 
 its corners inside it: width x2 - x1 + 1.
 """
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
@@ -162,7 +163,7 @@ def combine(terms: Mapping[str, float], weights: Mapping[str, float] = WEIGHTS, 
     return terms["base"] + (max(rest, 0.0) if clip else rest)
 
 
-# --------------------------------------------------------------------- sound, images, length control
+# --------------------------------------------------------------------- sound, images
 
 
 def avs_reward(box: Box | None, true_box: Box | None) -> float:
@@ -198,6 +199,84 @@ def _pair_distance(points, true_points) -> float:
     """Mean distance of two points to two others, paired the better way round."""
     points, true_points = np.asarray(points, dtype=float), np.asarray(true_points, dtype=float)   # [2, 2] each
     return min(np.linalg.norm(points - other, axis=1).mean() for other in (true_points, true_points[::-1]))
+
+
+# --------------------------------------------------------------------- questions, length control
+
+
+def question_reward(kind: str, text: str, solution: str) -> float:
+    """Accuracy in [0, 1] of one completion on a question of Video-R1's kinds (QUESTIONS); 0 without an answer.
+
+    solution  the true answer, within `<answer>` tags or bare. Raises ValueError for an unknown kind."""
+    if kind not in QUESTIONS:
+        raise ValueError(f"unknown kind of question: {kind} (one of {', '.join(QUESTIONS)})")
+    answer, true = answer_text(text), answer_text(solution) or solution.strip()
+    return QUESTIONS[kind](answer, true) if answer else 0.0
+
+
+def _same(answer: str, true: str) -> float:
+    return float(answer == true)
+
+
+def _same_number(answer: str, true: str) -> float:
+    """Both whole numbers or both not, and equal to two decimals."""
+    numbers = parse_number(answer), parse_number(true)
+    alike = any(c in answer for c in ".,") == any(c in true for c in ".,")
+    return float(alike and None not in numbers and round(numbers[0], 2) == round(numbers[1], 2))
+
+
+def _near_number(answer: str, true: str) -> float:
+    """1 - the relative error, at least 0."""
+    number, goal = parse_number(answer), parse_number(true)
+    if number is None or goal is None:
+        return 0.0
+    return float(np.clip(1 - (abs(number - goal) + 1e-9) / (abs(goal) + 1e-9), 0, 1))
+
+
+def parse_number(text: str) -> float | None:
+    """A finite number, thousands separated by commas or not; else None."""
+    try:
+        number = float(text.replace(",", ""))
+    except ValueError:
+        return None
+    return number if abs(number) < float("inf") else None          # neither infinite nor NaN
+
+
+def _read_words(answer: str, true: str) -> float:
+    """1 - word error rate, at least 0."""
+    words, goal = answer.split(), true.split()
+    if len(words) >= 2 * max(1, len(goal)):                        # at least as many insertions as there are true words
+        return float(words == goal)
+    distance = list(range(len(goal) + 1))                          # Levenshtein, one row at a time
+    for i, word in enumerate(words, 1):
+        diagonal, distance[0] = distance[0], i
+        for j, other in enumerate(goal, 1):
+            diagonal, distance[j] = distance[j], min(distance[j] + 1, distance[j - 1] + 1, diagonal + (word != other))
+    return max(0.0, 1 - distance[-1] / max(1, len(goal)))
+
+
+def _rouge(answer: str, true: str, most: int = 1000) -> float:
+    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L over lower-case words without stemming; the answer's first `most` words count."""
+    words, goal = (re.findall(r"[a-z0-9]+", text.lower())[:most] for text in (answer, true))
+    scores = []
+    for n in (1, 2):
+        ours, theirs = (Counter(zip(*(part[k:] for k in range(n)))) for part in (words, goal))
+        scores.append(_f_score((ours & theirs).total(), ours.total(), theirs.total()))
+    longest = [0] * (len(goal) + 1)                                # common subsequence, one row at a time
+    for word in words:
+        diagonal = 0
+        for j, other in enumerate(goal, 1):
+            diagonal, longest[j] = longest[j], diagonal + 1 if word == other else max(longest[j], longest[j - 1])
+    scores.append(_f_score(longest[-1], len(words), len(goal)))
+    return float(np.mean(scores))
+
+
+def _f_score(shared: int, ours: int, theirs: int) -> float:
+    return 2 * shared / (ours + theirs) if shared else 0.0
+
+
+QUESTIONS = {"multiple choice": _same, "numerical": _same_number, "regression": _near_number, "OCR": _read_words,
+             "free-form": _rouge}
 
 
 def length_bonus(accuracy, lengths) -> np.ndarray:

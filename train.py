@@ -29,10 +29,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from data import BadInput, Processor, open_data, read_json, sample_order
-from grpo import Stopwatch, Systems, accumulate_gradients, collect, equal_rewards
+from data import FOLDERS, BadInput, Parser, Processor, add_roots, epoch_length, epoch_plan, fail, read_clip, read_json, \
+    training_sources
+from grpo import Stopwatch, Systems, accumulate_gradients, collect, equal_rewards, left_out
 from model import Thinker
-from segment import TOY_POLICY, TOY_SAM2, Parser, Tracker, fail, find_config
+from segment import TOY_POLICY, TOY_SAM2, Tracker, find_config
 
 PATIENCE = 5  # steps in a row with a non-finite gradient before a run gives up
 
@@ -49,7 +50,9 @@ class Settings:
     policy: str = setting(TOY_POLICY, "directory of a Thinker or a full Qwen2.5-Omni; its copy is reference and System 2")
     sam2: str = setting("", "SAM2 config, a yaml file or a name inside the package sam2; empty: told by the weights' name")
     sam2_weights: str = setting(TOY_SAM2, "SAM2 weights, a .pt file")
-    data: str = setting("toy", "dataset")
+    data: str = setting("toy", "datasets, by commas: toy, revos, mevis, refavs, refcocog, video_r1")
+    data_root: str = setting(".", "folder that holds one folder per dataset; one that lies elsewhere: --revos_root DIR, ...")
+    roots: dict = dataclasses.field(default_factory=dict)      # folder of a dataset: where it lies, of those given apart
     seed: int = setting(0, "of data order, example times and sampling")
     # How long and how fast
     steps: int = setting(1000, "optimizer steps; one rollout each")
@@ -117,7 +120,10 @@ def read_settings(arguments=None):
     """Settings from defaults, the policy directory's training.json, and the command line. Exits with code 2 and one line for
     an unknown name, a wrong type, or a value out of its limits."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_roots(parser)
     for f in dataclasses.fields(Settings):
+        if f.name in ("data_root", "roots"):
+            continue
         parser.add_argument(f"--{f.name}", type=_boolean if f.type is bool else f.type, choices=f.metadata.get("choices"),
                             metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (default: {f.default})")
@@ -130,7 +136,8 @@ def read_settings(arguments=None):
             sys.exit(fail(error))
         parser.place = f"{advice}: "
         given = vars(parser.parse_args([f"--{name}={value}" for name, value in advised.items()])) | given
-    settings = Settings(**given)
+    roots = {folder: given.pop(f"{folder}_root") for folder in FOLDERS if f"{folder}_root" in given}
+    settings = Settings(**given, roots=roots)
     for name, (test, wanted) in LIMITS.items():
         value = getattr(settings, name)
         if not test(value):
@@ -203,12 +210,14 @@ def train(settings, rank, world, device):
     out = os.path.join("out", settings.name)
     check_place(out, settings)
     dist.barrier()                                             # nobody opens the log before all have looked
-    data = open_data(settings.data, "train")
+    sources, dropped = training_sources(settings.data, settings.data_root, settings.roots, settings.seed)
     systems = load_systems(settings, device)
     policy = systems.policy
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay)
-    log = start_log(out, settings, world) if rank == 0 else None
+    log = start_log(out, settings, world, dropped) if rank == 0 else None
+    if rank == 0:
+        print(f"an epoch: {epoch_length(sources, settings.batch * settings.accumulate)} steps")
     bar = tqdm(range(settings.steps), desc=settings.name, disable=rank != 0, mininterval=1.0)
     unfit = 0                                                  # steps in a row with a non-finite gradient
     for step in bar:
@@ -217,7 +226,7 @@ def train(settings, rank, world, device):
             p["lr"] = settings.lr * schedule(step, settings)
         groups = []
         for part in range(settings.accumulate):
-            clips, seeds = draw(data, step * settings.accumulate + part, settings, rank, world)       # 1
+            clips, seeds = draw(sources, step, part, settings, rank, world)                           # 1
             groups += collect(systems, clips, seeds, settings, watch)                                 # 2 to 7
         sums, norm, skipped = update(systems, optimizer, groups, settings, world, device)             # 8
         watch.lap("update")
@@ -225,7 +234,7 @@ def train(settings, rank, world, device):
         if rank == 0:
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix(reward=f"{row['reward']:.2f}", J=f"{row['consistency']:.3f}", kl=f"{row['kl']:.4f}")
+            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "consistency", "kl") if k in row})
             if (step + 1) % settings.plot_every == 0 or step + 1 == settings.steps:
                 plot(out)
         unfit = unfit + 1 if skipped else 0
@@ -252,12 +261,20 @@ def load_systems(settings, device):
     return Systems(policy, reference, processor, tracker)
 
 
-def draw(data, rollout, settings, rank, world):
-    """Step 1: this process's share of the clips of a rollout, and a seed for each that depends on nothing but its place in
-    the run. An epoch visits every clip once, in an order of its own."""
-    places = range(rollout * settings.batch + rank, (rollout + 1) * settings.batch, world)
-    clips = [data[int(sample_order(len(data), settings.seed, place // len(data))[place % len(data)])] for place in places]
-    return clips, [int(np.random.SeedSequence([settings.seed, place]).generate_state(1, np.uint64)[0] >> 2) for place in places]
+def draw(sources, step, part, settings, rank, world):
+    """Step 1: this process's share of the clips of a step's rollout, and a seed for each that depends on nothing but its place in
+    the run. What cannot be read is named here, and counts for nothing."""
+    size = settings.batch * settings.accumulate
+    length = epoch_length(sources, size)
+    plan = epoch_plan(sources, size, settings.seed, step // length)[step % length]
+    places = range(part * settings.batch + rank, (part + 1) * settings.batch, world)
+    seeds = [int(np.random.SeedSequence([settings.seed, step * size + place]).generate_state(1, np.uint64)[0] >> 2)
+             for place in places]
+    clips = [read_clip(*plan[place], np.random.default_rng([seed, 1])) for place, seed in zip(places, seeds)]
+    for clip in clips:
+        if clip.fault:
+            tqdm.write(f"step {step}, left out: {clip.fault}", file=sys.stderr)
+    return clips, seeds
 
 
 def schedule(step, settings):
@@ -272,7 +289,7 @@ def update(systems, optimizer, groups, settings, world, device):
     """Step 8: `updates` optimizer steps on a batch. Returns the log's sums over all processes, the last gradient's norm, and
     how many updates were skipped because theirs was not finite."""
     policy = systems.policy
-    counted = [g for g in groups if not (settings.skip_equal and equal_rewards(g))]
+    counted = [g for g in groups if not left_out(g, settings)]
     completions, tokens = (sum(g.size[k] for g in counted) for k in (0, 1))
     total = sums_over_processes(dict(completions=completions, tokens=tokens), device)
     totals = max(total["completions"], 1.0), max(total["tokens"], 1.0)
@@ -296,17 +313,18 @@ def update(systems, optimizer, groups, settings, world, device):
 
 
 def metrics(step, groups, sums, norm, skipped, watch, optimizer, device):
-    """One line of the log: means over all completions of all processes, seconds of this process's phases."""
-    terms = [t for g in groups for t in g.terms]
-    values = {name: sum(t[name] for t in terms) for name in terms[0]}
-    values |= dict(reward=sum(g.rewards.sum() for g in groups), completions=len(terms), groups=len(groups),
-                   equal=sum(equal_rewards(g) for g in groups), tokens=sum(g.mask.sum() for g in groups),
-                   spread=sum(g.rewards.std() for g in groups))
+    """One line of the log: means over all completions of all processes, seconds of this process's phases. Which reward terms
+    there are depends on the step's task."""
+    counted = [g for g in groups if not g.fault]
+    values = {name: sum(t[name] for g in counted for t in g.terms) for name in groups[0].terms[0]}
+    values |= dict(reward=sum(g.rewards.sum() for g in counted), completions=sum(len(g.terms) for g in counted),
+                   groups=len(counted), broken=len(groups) - len(counted), equal=sum(equal_rewards(g) for g in counted),
+                   tokens=sum(g.mask.sum() for g in counted), spread=sum(g.rewards.std() for g in counted))
     values = sums_over_processes(values, device)
-    n, tokens = values.pop("completions"), sums["tokens"]
-    groups_n = values.pop("groups")
-    row = dict(step=step, lr=optimizer.param_groups[0]["lr"], equal_groups=values.pop("equal") / groups_n,
-               reward_std=values.pop("spread") / groups_n, **{k: v / n for k, v in values.items()},
+    n, number, tokens = max(values.pop("completions"), 1), max(values.pop("groups"), 1), max(sums["tokens"], 1)
+    row = dict(step=step, lr=optimizer.param_groups[0]["lr"], broken=int(values.pop("broken")),
+               equal_groups=values.pop("equal") / number, reward_std=values.pop("spread") / number,
+               **{k: v / n for k, v in values.items()},
                loss=sums["loss"], kl=sums["kl"] / tokens, entropy=sums["entropy"] / tokens,
                clipped_low=sums["clipped_low"] / tokens, clipped_high=sums["clipped_high"] / tokens,
                gradient_norm=norm if math.isfinite(norm) else None, skipped=skipped,
@@ -334,8 +352,9 @@ def check_place(out, settings):
         raise BadInput(f"--policy {settings.policy} lies in {out}, where the run would replace it; give another --name")
 
 
-def start_log(out, settings, world):
-    """Prints and saves the run's identity; opens metrics.jsonl. What is overwritten loses its checkpoints."""
+def start_log(out, settings, world, dropped):
+    """Prints and saves the run's identity, and what is left out of the data; opens metrics.jsonl. What is overwritten loses its
+    checkpoints."""
     os.makedirs(out, exist_ok=True)
     if settings.overwrite:
         for old in Path(out).glob("step-*"):
@@ -348,6 +367,10 @@ def start_log(out, settings, world):
     with open(os.path.join(out, "settings.json"), "w") as file:
         json.dump(identity, file, indent=1)
     print("\n".join(f"{k}: {v}" for k, v in identity["settings"].items()))
+    if dropped:
+        with open(os.path.join(out, "left_out.txt"), "w") as file:
+            file.writelines(f"{line}\n" for line in dropped)
+        print(f"{len(dropped)} samples are left out of the training data, the first: {dropped[0]} (all: {out}/left_out.txt)")
     return open(os.path.join(out, "metrics.jsonl"), "w")
 
 
@@ -375,10 +398,12 @@ def plot(out):
     figure, axes = pyplot.subplots(2, 4, figsize=(14, 6), constrained_layout=True)
     names = ("reward", "consistency", "base", "alignment", "number", "kl", "entropy", "tokens")
     for axis, name in zip(axes.flat, names):
-        values = np.array([row[name] for row in rows])
+        having = [row for row in rows if name in row]          # not every task has every term
+        steps, values = ([row[k] for row in having] for k in ("step", name))
         window = max(1, len(values) // 8)
-        axis.plot(values, alpha=0.3)
-        axis.plot(np.arange(window - 1, len(values)), np.convolve(values, np.ones(window) / window, "valid"))
+        axis.plot(steps, values, alpha=0.3)
+        if values:
+            axis.plot(steps[window - 1:], np.convolve(values, np.ones(window) / window, "valid"))
         axis.set_title(name)
         axis.set_xlabel("step")
     figure.savefig(os.path.join(out, "curves.png"), dpi=80)
