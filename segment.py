@@ -8,11 +8,13 @@ As a program it runs both systems on one video, a file or a folder of frames; wi
 the toy weights.
 """
 import argparse
+import importlib.util
 import json
 import os
 import pickle
 import sys
 from dataclasses import dataclass, field
+from inspect import isfunction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageDraw
 from sam2.modeling.sam2_utils import get_1d_sine_pe
 
-from data import BadInput, Clip, Processor, answer_text, global_prompt, grounding_prompt, keyframes, one_line, open_video, \
-    parse_boxes, parse_moments, plain, read_sound, toy_clip
+from data import BadInput, Clip, Parser, Processor, answer_text, at_least, fail, grounding_prompt, is_null, keyframes, one_line, \
+    open_video, parse_boxes, parse_moments, plain, prompt_inputs, read_sound, toy_clip
 from model import Thinker
 
 HERE = Path(__file__).parent
@@ -39,10 +41,11 @@ TOY_POLICY, TOY_SAM2 = str(HERE / "toy/policy"), str(HERE / "toy/sam2/model.pt")
 # ---------------------------------------------------------------------------------------------------------------------
 # Grounding: descriptions of keyframes -> boxes
 # ---------------------------------------------------------------------------------------------------------------------
-def ground(thinker, processor, clips, chosen, max_new_tokens=128):
+def ground(system2, processor, clips, chosen, max_new_tokens=128):
     """Boxes of what each completion described on its keyframes; all clips and completions in one ragged batch, and what is
     asked twice of the same frame is grounded once.
 
+    system2  a Thinker, or any function from (image, description) to boxes in pixels of the image (plugged).
     chosen  for each of B clips a list over completions of {frame: description}.
     Returns the same with boxes in place of descriptions: {frame: [(x1, y1, x2, y2) in source pixels]}.
     """
@@ -50,11 +53,43 @@ def ground(thinker, processor, clips, chosen, max_new_tokens=128):
                                 for frames in group for t, what in frames.items()))
     if not wanted:
         return [[{} for _ in group] for group in chosen]
-    inputs = [processor.image_inputs(grounding_prompt(what), clips[i].frames[t]) for i, t, what in wanted]
-    answers = thinker.generate(thinker.embed(inputs), 1, max_new_tokens, eos_ids=processor.eos_ids, temperature=0.0)
-    found = {key: [to_source(box, x.scale, clips[key[0]].size) for box in parse_boxes(processor.decode(ids))]
-             for key, x, (ids,) in zip(wanted, inputs, answers)}
+    if isfunction(system2):
+        answers = [(system2(clips[i].frames[t], what), (1.0, 1.0)) for i, t, what in wanted]
+    else:
+        inputs = [processor.image_inputs(grounding_prompt(what), clips[i].frames[t]) for i, t, what in wanted]
+        rows = system2.generate(system2.embed(inputs), 1, max_new_tokens, eos_ids=processor.eos_ids, temperature=0.0)
+        answers = [(parse_boxes(processor.decode(ids)), x.scale) for x, (ids,) in zip(inputs, rows)]
+    found = {key: [to_source(box, scale, clips[key[0]].size) for box in boxes] for key, (boxes, scale) in zip(wanted, answers)}
     return [[{t: found[i, t, what] for t, what in frames.items()} for frames in group] for i, group in enumerate(chosen)]
+
+
+def plugged(path):
+    """The function `boxes` of a Python file, for `--system2 FILE.py`, with what it returns checked:
+
+        def boxes(image: PIL.Image, description: str) -> list of (x1, y1, x2, y2) in pixels of the image, corners inside
+
+    Raises FileNotFoundError without the file, ValueError without the function; the call, for any other value."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no such file of a grounder: {path}")
+    spec = importlib.util.spec_from_file_location("grounder", path)
+    if spec is None:
+        raise BadInput(f"not a Python file: {path}")
+    module = sys.modules["grounder"] = importlib.util.module_from_spec(spec)     # dataclasses look there
+    spec.loader.exec_module(module)                              # what goes wrong in there is its author's to see
+    function = getattr(module, "boxes", None)
+    if not callable(function):
+        raise BadInput(f"no function boxes(image, description) in: {path}")
+
+    def boxes(image, description):
+        found = function(image, description)
+        try:
+            rows = [tuple(float(value) for value in box) for box in found]
+        except (TypeError, ValueError):
+            rows = None
+        if rows is None or not all(len(b) == 4 and np.isfinite(b).all() and b[0] <= b[2] and b[1] <= b[3] for b in rows):
+            raise BadInput(f"boxes() of {path} returned {str(found)[:80]}, not a list of (x1, y1, x2, y2)")
+        return rows
+    return boxes
 
 
 def to_source(box, scale, size):
@@ -164,8 +199,8 @@ class Tracker:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.device.type == "cuda"):
             look = Lookout(self, frames, sorted({t for boxes in objects for t in boxes}))
             for t, (logits, _) in enumerate(self.run(look, scaled, T)):
-                full = torch.cat([F.interpolate(part[:, None], (H, W), mode="bilinear")[:, 0] > 0 for part in logits.split(BATCH)])
-                full = full.cpu().numpy()                                                      # [N, H, W]; waits for the device
+                full = torch.cat([F.interpolate(part[:, None], (H, W), mode="bilinear")[:, 0] > 0
+                                  for part in logits.split(BATCH)]).cpu().numpy()              # [N, H, W]; waits for the device
                 for mask, together in zip(masks, unions):
                     mask[t] = full[together].any(0)
         return masks
@@ -320,22 +355,29 @@ def track_group(tracker, clip, boxes):
 # ---------------------------------------------------------------------------------------------------------------------
 # Both systems on one clip
 # ---------------------------------------------------------------------------------------------------------------------
-def answer(policy, processor, clips, max_new_tokens=1024):
-    """System 1's greedy answers to B clips as it sees them -> texts."""
-    inputs = [processor.video_inputs(global_prompt(clip), clip.frames, clip.fps, clip.sound) for clip in clips]
-    rows = policy.generate(policy.embed(inputs), 1, max_new_tokens, eos_ids=processor.eos_ids, temperature=0.0)
-    return [processor.decode(ids) for (ids,) in rows]
+def frames_to_ground(clip, text):
+    """{frame: description} of one completion: what System 2 has to find."""
+    if clip.task == "vos":
+        return keyframes(parse_moments(text, len(clip.frames), clip.fps))
+    answer = answer_text(text)
+    return {0: answer} if clip.task == "avs" and answer and not is_null(answer) else {}
 
 
 def segment(policy, system2, processor, tracker, clips, max_new_tokens=1024):
-    """Segments B clips: System 1 sees at most 24 frames of each, SAM2 runs over all of them.
+    """Segments B clips: System 1 sees at most 24 frames of each, SAM2 runs over all of them. In a picture (task "image") System 1
+    has drawn the box itself.
 
     Returns for each clip (text, {source frame: description}, {source frame: boxes}, masks bool [T, H, W])."""
     seen = [clip.sampled() for clip in clips]
-    texts = answer(policy, processor, [view for view, _ in seen], max_new_tokens)
-    chosen = [{indices[t]: what for t, what in keyframes(parse_moments(text, len(indices), view.fps)).items()}
+    inputs = [prompt_inputs(processor, view) for view, _ in seen]
+    rows = policy.generate(policy.embed(inputs), 1, max_new_tokens, eos_ids=processor.eos_ids, temperature=0.0)
+    texts = [processor.decode(ids) for (ids,) in rows]
+    chosen = [{indices[t]: what for t, what in frames_to_ground(view, text).items()}
               for text, (view, indices) in zip(texts, seen)]
     boxes = [found for found, in ground(system2, processor, clips, [[frames] for frames in chosen])]
+    for clip, x, text, found in zip(clips, inputs, texts, boxes):
+        if clip.task == "image":
+            found |= {0: [to_source(box, x.scale, clip.size) for box in parse_boxes(answer_text(text), most=1)]}
     return [(text, frames, found, track_group(tracker, clip, [found])[0])
             for text, frames, found, clip in zip(texts, chosen, boxes, clips)]
 
@@ -415,29 +457,6 @@ def video_clip(path, query, sound):
     if sound is not None and heard is None:
         raise BadInput(f"no sound in: {sound}")
     return Clip(path, frames, query, fps, heard)
-
-
-def fail(error):
-    """One line on stderr; the exit code of a program that was asked for what cannot be done."""
-    print("error:", *str(error).splitlines(), file=sys.stderr)
-    return 2
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse prints its usage, many lines, before an error; this one ends as everything else does."""
-    place = ""    # where the arguments come from, for the message
-
-    def error(self, message):
-        sys.exit(fail(f"{self.place}{message}"))
-
-
-def at_least(least):
-    """An argparse type: whole numbers from `least` on."""
-    def whole_number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return int(text)
-    return whole_number
 
 
 def device(text):
