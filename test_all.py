@@ -3,10 +3,13 @@
 Fast paths are held against slow twins, models against transformers and sam2 themselves, rewards and metrics against cases worked
 out by hand and brute force. Nothing here is timed.
 """
+import csv
+import functools
 import io
 import itertools
 import json
 import math
+import pickle
 import random
 import re
 import shutil
@@ -14,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +27,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pycocotools import mask as coco
 from safetensors.torch import load_file, save_file
 from sam2 import sam2_video_predictor
 from scipy.io import wavfile
@@ -30,20 +35,26 @@ from transformers import (
     AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor)
 
+import data as data_file
 import eval as evaluation
 import model as model_file
 import train
 from data import (
-    BadInput, COLOURS, Clip, Frames, OVERTONES, PITCH, Processor, SAMPLE_RATE, TOY_KINDS, TOY_SPLITS, UNSEEN_PAIRS,
-    _inside as shape_inside, answer_text, format_time, global_prompt, grounding_prompt, is_null, keyframes, open_video,
+    CANVAS, DATASETS, load, open_real, polygon_mask, rle_mask, training_samples, prompt_inputs,
+    BadInput, COLOURS, Clip, Frames, OVERTONES, PITCH, Processor, SAMPLE_RATE, Source, TOY_KINDS, TOY_SPLITS, UNSEEN_PAIRS,
+    _inside as shape_inside, answer_text, epoch_length, first_frame_prompt, format_time, global_prompt, grounding_prompt, is_null, keyframes, open_video,
     parse_boxes, parse_moments, parse_time, read_image, read_sound, toy_clip, toy_queries, toy_scene)
-from eval import boundary_accuracy, region_similarity
-from grpo import Stopwatch, Systems, accumulate_gradients, collect, group_advantages, kl_divergence, policy_loss, total_rewards
+from eval import (
+    BENCHES, at_256, boundary_accuracy, match_objects, open_predictions, prediction_folder, read_prediction, region_f, region_similarity,
+    score_predictions, score_reasonseg, score_revos, score_sample, score_table, write_davis, write_prediction, zip_predictions)
+from grpo import (
+    Stopwatch, Systems, accumulate_gradients, collect, group_advantages, kl_divergence, policy_loss, reward_terms, total_rewards)
 from model import Cache, Prefill, Prompt, Rows, Thinker, head_logits, in_batches, prefill_batches, read_config, sample, \
     token_logprobs, truncate
 from rewards import (
-    TERMS, WEIGHTS, avs_reward, box_iou, combine, format_reward, image_rewards, length_bonus, mask_box, vos_rewards)
-from segment import Lookout, TOY_POLICY, TOY_SAM2, Tracker, build_sam2, find_config, ground, segment, to_source, track_group
+    TERMS, WEIGHTS, avs_reward, box_iou, combine, format_reward, image_rewards, length_bonus, mask_box, question_reward, vos_rewards)
+from segment import Lookout, TOY_POLICY, TOY_SAM2, Tracker, build_sam2, find_config, frames_to_ground, ground, plugged, segment, to_source, track_group
+from toy import mini as toy_mini
 
 
 # ====================================================================================================================
@@ -81,11 +92,13 @@ class Reference:
             config = Qwen2_5OmniThinkerConfig(**json.loads((path / "config.json").read_text()))
             self.thinker = Qwen2_5OmniThinkerForConditionalGeneration(config)
 
-    def inputs(self, messages, sound=None, **media):
-        """What transformers makes of it, with `positions` (3, P) added."""
+    def inputs(self, messages, sound=None, apart=False, **media):
+        """What transformers makes of it, with `positions` (3, P) added. apart: the sound is not that of the video."""
         config, processor = self.thinker.config, self.processor
         options = dict(size=self.frame_size)
-        if sound is not None:
+        if apart:
+            media["audio"] = [sound]
+        elif sound is not None:
             media["audio"] = [sound]
             options.update(seconds_per_chunk=float(config.seconds_per_chunk),
                            position_id_per_seconds=config.position_id_per_seconds)
@@ -98,8 +111,8 @@ class Reference:
         heard = out.get("feature_attention_mask")
         seconds = out.get("video_second_per_grid")
         positions, _ = self.thinker.get_rope_index(
-            out["input_ids"], out.get("image_grid_thw"), out.get("video_grid_thw"), out["attention_mask"], sound is not None,
-            None if heard is None else heard.sum(-1), None if seconds is None else torch.as_tensor(seconds))
+            out["input_ids"], out.get("image_grid_thw"), out.get("video_grid_thw"), out["attention_mask"],
+            sound is not None and not apart, None if heard is None else heard.sum(-1), None if seconds is None else torch.as_tensor(seconds))
         return {**out, "positions": positions[:, 0]}
 
 
@@ -153,6 +166,18 @@ def test_picture_equals_transformers(pair):
     inputs = ours.image_inputs(grounding_prompt("the dog"), picture)
     assert_equal(inputs, reference.inputs(grounding_prompt("the dog"), images=[picture]), "image")
     assert inputs.scale == (1.0, 1.0) and inputs.mel is None
+
+
+@pytest.mark.parametrize("seconds", [0.9, 10.0])
+def test_picture_and_sound_apart_equal_transformers(pair, seconds):
+    ours, reference, side = pair
+    clip = noise_clip(5 * side, 2 * side, 1, seconds)
+    messages = first_frame_prompt(clip)
+    inputs = ours.image_inputs(messages, clip.frames[0], clip.sound)
+    theirs = reference.inputs(messages, clip.sound, apart=True, images=[clip.frames[0]])
+    assert_equal(inputs, theirs, "image")
+    heard = theirs["feature_attention_mask"][0].bool()
+    torch.testing.assert_close(inputs.mel, theirs["input_features"][0][:, heard].float(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("T", [1, 4, 7])
@@ -590,6 +615,434 @@ def test_clips_ask_one_query_of_their_scene(scenes):
 # ====================================================================================================================
 # rewards and metrics
 # ====================================================================================================================
+
+# ---- real datasets -----------------------------------------------------------------------------------------------
+seen_scene = functools.lru_cache(toy_scene)                             # remembers, where the real one draws again
+READABLE = [name for name in DATASETS if name != "refcocog_2k_840"]       # that one needs pyarrow
+
+
+@pytest.fixture(scope="module")
+def minis(tmp_path_factory):
+    """name -> root of a miniature of two videos a split; do not write there."""
+    out, made = tmp_path_factory.mktemp("mini"), set()
+
+    def root(name):
+        folder = DATASETS[name][2]
+        if folder not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(toy_mini, "toy_scene", seen_scene)
+                toy_mini.write_mini(str(out / folder), videos=2)
+            made.add(folder)
+        return out / folder
+    return root
+
+
+@pytest.fixture
+def copy(minis, tmp_path):
+    """name -> root of a copy of its own."""
+    return lambda name: shutil.copytree(minis(name), tmp_path / DATASETS[name][2])
+
+
+def toy_masks(sample, split):
+    """bool [O, T, H, W] of a miniature's sample, from the toy world: its video's last number and its query tell which."""
+    index = int(re.findall(r"[0-9a-f]+", sample.video)[-1], 16)
+    scene = seen_scene("train" if split == "train" else "test", index)
+    if sample.dataset == "refdavis":
+        things = [next(o for o, thing in enumerate(scene.things) if thing.name in sample.query)]
+    elif " and the " in sample.query:
+        things = [0, 1]
+    else:
+        things = [thing for _, query, thing in toy_queries(scene) if query == sample.query and thing is not None]
+    return scene.masks[things] if things else np.zeros_like(scene.masks[:1])
+
+
+@pytest.mark.parametrize("name, split", [("revos", "train"), ("revos", "valid"), ("mevis", "train"), ("mevis", "valid_u"),
+                                         ("refdavis", "valid"), ("reasonvos", "test")])
+def test_videos_read_back_to_the_toy_masks(name, split, minis):
+    samples = open_real(name, split, minis(name))
+    assert len({sample.video for sample in samples}) == 2
+    for sample in samples:
+        clip, true = load(sample), toy_masks(sample, split)
+        assert clip.masks.dtype == bool and np.array_equal(clip.masks, true)
+        assert len(clip.frames) == len(sample.names) == true.shape[1] and clip.frames[0].size == (CANVAS, CANVAS)
+        assert (clip.name, clip.query, clip.kind, clip.fps, clip.task) == (sample.name, sample.query, sample.kind, 2.0, "vos")
+
+
+def test_videos_without_masks_are_read(minis):
+    for name, key in (("mevis", "000000000001"), ("refytvos", "0000000001")):
+        samples = open_real(name, "valid", minis(name))
+        assert len({sample.video for sample in samples}) == 2            # refytvos: those of test are left out
+        clip = load(next(sample for sample in samples if sample.video == key))
+        assert clip.masks is None and clip.size == (CANVAS, CANVAS)
+
+
+def test_revos_in_both_layouts(copy):
+    root = copy("revos")
+    assert sum(rle is None for rles in json.loads((root / "mask_dict.json").read_text()).values() for rle in rles) > 0
+    first = open_real("revos", "valid", root)
+    masks = [sample.read_masks() for sample in first]
+    for folder in (root / "JPEGImages").iterdir():
+        folder.rename(root / folder.name)
+    (root / "JPEGImages").rmdir()
+    second = open_real("revos", "valid", root)
+    assert all(np.array_equal(m, sample.read_masks()) for m, sample in zip(masks, second, strict=True))
+    assert {sample.video: sample.names[:2] for sample in second} == {
+        "OVIS/train/valid-0": ["img_0000001", "img_0000002"], "UVO/all/-valid-1": ["00120", "00125"]}
+    assert {sample.kind for sample in second} == {"referring", "reasoning", "hallucination"}
+    assert {sample.extra["objects"] for sample in second} == {0, 1, 2}
+    union = np.any([m.any(0) for sample, m in zip(second, masks) if sample.video == second[0].video], axis=0)
+    assert np.array_equal(second[0].extra["foreground"]()[0], union)
+
+
+def test_refavs_rows(minis):
+    root = minis("refavs")
+    with open(root / "metadata.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["split"] for row in rows} == {"TODO", *DATASETS["refavs"][1]} and len({row["uid"] for row in rows}) < len(rows)
+    for split in DATASETS["refavs"][1]:
+        for sample in open_real("refavs", split, root):
+            row, clip = rows[int(sample.expression)], load(sample)
+            assert (row["split"], row["exp"], clip.task) == (split, sample.query, "avs")
+            s, i = map(int, re.findall(r"toy-(\d+)-(\d+)", sample.video)[0])
+            true = seen_scene("long", 10 * s + i).masks[int(row["fid"]), :10]
+            assert np.array_equal(clip.masks, (true & (sample.kind != "null"))[None])
+            assert sample.video == ("null_c-", "null_m-")[i % 2] * (sample.kind == "null") + row["vid"]
+            assert len(clip.sound) == 10 * SAMPLE_RATE and len(clip.frames) == 10
+    kinds = {split: {s.kind for s in open_real("refavs", split, root)} for split in DATASETS["refavs"][1]}
+    assert kinds == dict(train={"null", "seen"}, val={"seen"}, test_s={"seen"}, test_u={"unseen"}, test_n={"null"})
+
+
+@pytest.mark.parametrize("name", ["refcoco", "refcoco+", "refcocog", "reasonseg"])
+def test_pictures_read_back_to_the_toy_masks(name, minis):
+    for split in DATASETS[name][1]:
+        samples = open_real(name, split, minis(name))
+        found = list(toy_mini.stills(split, 2))
+        for sample in samples:
+            clip = load(sample)
+            assert clip.masks.shape[:2] == (1, 1) and len(clip.frames) == 1
+            true = [mask for _, masks, things in found for mask, thing in zip(masks, things) if thing in sample.query]
+            assert any(np.array_equal(clip.masks[0, 0], mask) for mask in true)
+            if name == "reasonseg":
+                _, masks, _ = found[int(sample.video)]
+                ignored = sample.extra["ignore"]()[0, 0]
+                assert np.array_equal(ignored, masks[1] if len(masks) > 1 else np.zeros_like(masks[0]))
+        assert len({sample.name for sample in samples}) == len(samples)
+        texts = {sample.query for sample in samples}
+        assert any("voilà" in text for text in texts) == (name == "reasonseg" and split == "train")     # one of them in cp1252
+
+
+def test_refdavis_annotators_and_void(minis):
+    sample = open_real("refdavis", "valid", minis("refdavis"))[5]
+    labels = sample.extra["annotation"]()
+    assert (sample.extra["annotator"], sample.kind, sample.extra["ids"]) == (1, "full video", ["2"])
+    assert labels.dtype == np.uint8 and {0, 1, 2, 255} <= set(np.unique(labels))
+    assert np.array_equal(labels == 2, sample.read_masks()[0])
+
+
+def test_questions(minis):
+    samples = open_real("video_r1", "train", minis("video_r1"))
+    assert [s.truth["type"] for s in samples[:5]] == ["multiple choice", "numerical", "OCR", "free-form", "regression"]
+    assert samples[0].truth["solution"] == "B" and len(samples[0].truth["options"]) == 2
+    video, picture, scene = load(samples[0]), load(samples[5]), seen_scene("train", 0)
+    assert len(video.frames) == len(scene.pictures) and video.task == "qa" and video.truth is samples[0].truth
+    assert np.abs(video.sound - scene.sound[:len(video.sound)]).max() < 1e-3 and len(video.sound) >= 0.9 * len(scene.sound)
+    assert len(picture.frames) == 1 and picture.sound is None
+
+
+def test_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    toy_mini.write_mini(str(tmp_path / "refcocog_2k_840"), videos=3)
+    samples = open_real("refcocog_2k_840", "train", tmp_path / "refcocog_2k_840")
+    for i, (sample, (picture, masks, names)) in enumerate(zip(samples, toy_mini.stills("train", 3), strict=True)):
+        clip, (ys, xs) = load(sample), masks[0].nonzero()
+        assert (clip.task, clip.query, sample.names) == ("image", f"the {names[0]}", [f"refcocog_{i}"])
+        assert np.abs(np.array(clip.truth["box"]) * CANVAS / 840 - (xs.min(), ys.min(), xs.max(), ys.max())).max() < 0.1
+        for x, y in clip.truth["points"]:
+            assert masks[0][round(y * CANVAS / 840), round(x * CANVAS / 840)]
+        small = np.asarray(clip.frames[0].resize((CANVAS, CANVAS)), float)
+        assert clip.size == clip.truth["size"] == (840, 840) and np.abs(small - picture).mean() < 6
+
+
+def test_parquet_asks_for_its_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.parquet").touch()
+    data_file._parquet.cache_clear()
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        open_real("refcocog_2k_840", "train", tmp_path)
+
+
+def test_run_lengths_equal_pycocotools():
+    from pycocotools import mask as coco
+    rng = np.random.default_rng(0)
+    for density, size in itertools.product((0, 1e-3, 0.1, 0.5, 1), ((1, 1), (7, 300), (480, 31))):
+        mask = rng.random(size) < density
+        rle = coco.encode(np.asfortranarray(mask, np.uint8))
+        assert np.array_equal(rle_mask(dict(size=rle["size"], counts=rle["counts"].decode()), "file"), mask)
+    assert np.array_equal(rle_mask(dict(size=[2, 3], counts=[1, 2, 3]), "file"), [[0, 1, 0], [1, 0, 0]])
+
+
+@pytest.mark.parametrize("rle", [
+    None, 3, {}, dict(size=[2, 2]), dict(counts="4"), dict(size=[2], counts="4"), dict(size=["2", 2], counts="4"),
+    *(dict(size=[2, 2], counts=counts) for counts in ("", "3", "5", "T", "4é", "1O4", [], [-1, 5], ["4"], [[4]], None))])
+def test_malformed_run_lengths_are_refused(rle):
+    with pytest.raises(ValueError):
+        rle_mask(rle, "mask_dict.json")
+
+
+def test_polygons_are_drawn_as_opencv_draws_them():
+    """The picture is OpenCV's, of polylines and fillPoly."""
+    corners = [(1, 1), (14, 3), (9, 5), (15, 10), (6, 7), (2, 11), (4, 5)]
+    assert ["".join(".#"[v] for v in row) for row in polygon_mask(corners, 12, 16).astype(int)] == [
+        "................", ".####...........", "..#########.....", "..#############.", "...##########...", "....#######.....",
+        "....#######.....", "...##########...", "...###..######..", "...##......####.", "..##..........##", "..#............."]
+
+
+def test_coco_polygons_that_overlap_stay_true(copy):
+    root = copy("refcoco")
+    instances = json.loads((root / "refcoco/instances.json").read_text())
+    for annotation in instances["annotations"]:
+        annotation["segmentation"] = [[10, 10, 30, 10, 30, 30, 10, 30], [20, 20, 40, 20, 40, 40, 20, 40]]
+    (root / "refcoco/instances.json").write_text(json.dumps(instances))
+    masks = open_real("refcoco", "val", root)[0].read_masks()
+    assert masks.dtype == bool and masks.sum() == 700 and masks[0, 0, 10:30, 10:30].all() and masks[0, 0, 20:40, 20:40].all()
+
+
+def test_loading_some_frames_reads_their_masks_only(minis):
+    sample = max(open_real("mevis", "train", minis("mevis")), key=lambda s: (s.extra["objects"], len(s.names)))
+    clip, whole = load(sample, most_frames=5), load(sample)
+    view, indices = whole.sampled(5)
+    assert np.array_equal(clip.masks, view.masks) and np.array_equal(clip.frames[2], whole.frames[indices[2]])
+    with pytest.raises(ValueError, match=f"{re.escape(sample.name)}: 2 objects, more than 1"):
+        load(sample, most_objects=1)
+
+
+def test_training_leaves_out_by_name(copy):
+    root = copy("refavs")
+    samples, dropped = training_samples("refavs", root)
+    folder = root / "gt_mask" / samples[-1].video / f"fid_{samples[-1].extra['ids'][0]}"
+    shutil.rmtree(folder)
+    kept, dropped = training_samples("refavs", root)
+    assert len(kept) == len(samples) - len(dropped) and dropped == [f"{samples[-1].name}: no such folder of masks: {folder}"]
+    root = copy("revos")
+    meta = json.loads((root / "meta_expressions_train_.json").read_text())
+    entry = meta["videos"]["OVIS/train/train-0"]["expressions"]["0"]
+    entry.update(obj_id=[], anno_id=[])
+    (root / "meta_expressions_train_.json").write_text(json.dumps(meta))
+    kept, dropped = training_samples("revos", root, most_objects=1)
+    assert {s.extra["objects"] for s in kept} == {0, 1} and len(dropped) == 3
+    assert any(re.match("revos/OVIS/train/train-0/0: names no object: .*_train_.json", line) for line in dropped)
+
+
+def edit(path, change):
+    """Changes the JSON value in a file."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_ref_avs_draws_by_the_seed(tmp_path):
+    with open(tmp_path / "metadata.csv", "w", newline="") as file:
+        rows = [("v", f"v_dog_{i}", "train", 0, "a dog") for i in range(1700)]
+        csv.writer(file).writerows([("vid", "uid", "split", "fid", "exp"), *rows])
+    (tmp_path / "gt_mask/v/fid_0").mkdir(parents=True)
+    draws = [[s.expression for s in training_samples("refavs", tmp_path, seed)[0]] for seed in (0, 0, 1)]
+    assert [len(set(draw)) for draw in draws] == [1600] * 3 and draws[0] == draws[1] != draws[2]
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+FIRST = "OVIS/train/valid-0"
+MALFORMED = [
+    ("revos", "valid", "mask_dict.json", lambda p: p.write_text(p.read_text()[:500]), "JSONDecodeError"),
+    ("revos", "valid", "meta_expressions_valid_.json", lambda p: p.write_bytes(b'{"videos": "\xff"}'), "UnicodeDecodeError"),
+    ("revos", "valid", "meta_expressions_valid_.json", lambda p: p.unlink(), "no such file"),
+    ("revos", "valid", "meta_expressions_valid_.json", lambda p: p.write_text("[]"), "a dict expected"),
+    ("revos", "valid", "meta_expressions_valid_.json", lambda p: p.write_text('{"videos": []}'), "'videos' is a list in"),
+    ("revos", "valid", "meta_expressions_valid_.json", lambda p: edit(p, lambda v: v["videos"][FIRST].pop("frames")),
+     f"no 'frames' in .*: {FIRST}"),
+    ("revos", "valid", "meta_expressions_valid_.json",
+     lambda p: edit(p, lambda v: v["videos"][FIRST]["expressions"]["2"].pop("exp")), f"no 'exp' in .*: {FIRST}/2"),
+    ("revos", "valid", "meta_expressions_valid_.json",
+     lambda p: edit(p, lambda v: v["videos"][FIRST]["expressions"]["2"].update(type_id=7)), f"type_id 7 .*: {FIRST}/2"),
+    ("refavs", "val", "metadata.csv", lambda p: p.write_text(p.read_text().replace("fid", "object", 1)), "no column 'fid'"),
+    ("refavs", "val", "metadata.csv", lambda p: p.write_text("vid,uid,split,fid,exp\na,a_b_1,val,0\n"), "row 0 is incomplete"),
+    ("refavs", "val", "metadata.csv", lambda p: p.write_text(p.read_text() + '"' + "no end," * 30000), "not valid CSV"),
+    ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(pickle.dumps([Evil()])), "not a pickle of plain.*print"),
+    ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(p.read_bytes()[:99]), "not a pickle of plain data"),
+    ("refcoco", "val", "refcoco/instances.json", lambda p: edit(p, lambda v: v["annotations"].clear()), "no [0-9]+ in"),
+    ("reasonseg", "val", "val/0.json", lambda p: p.write_text('{"text": ["a"]'), "JSONDecodeError"),
+    ("reasonseg", "val", "val/0.json", lambda p: edit(p, lambda v: v.pop("shapes")), "no 'shapes' in"),
+    ("refdavis", "valid", "meta_expressions/valid/meta_expressions.json",
+     lambda p: p.write_text(p.read_text().replace('"obj_id": "1"', '"obj_id": "one"', 1)), "obj_id is no number in .*toy-3/0"),
+    ("refytvos", "valid", "meta_expressions/test/meta_expressions.json", lambda p: p.unlink(), "no such file"),
+    ("video_r1", "train", "Video-R1-260k.json", lambda p: edit(p, lambda v: v[3].pop("path")), "no 'path' in .*: item 3")]
+
+
+@pytest.mark.parametrize("name, split, file, damage, message", MALFORMED)
+def test_a_malformed_file_is_named_in_one_line(name, split, file, damage, message, copy, capsys):
+    root = copy(name)
+    damage(root / file)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        open_real(name, split, root)
+    assert str(root / file) in str(error.value) and "\n" not in str(error.value)
+    code, broken, _ = run_check(name, split, root, capsys)
+    assert code == 1 and len(broken) == 1 and str(root / file) in broken[0]      # and nothing that the pickle prints
+
+
+def test_unknown_names_and_splits():
+    with pytest.raises(ValueError, match="unknown dataset: coco .*revos"):
+        open_real("coco", "val", ".")
+    with pytest.raises(ValueError, match="unknown split of revos: test .known: train, valid"):
+        open_real("revos", "test", ".")
+
+
+# ---- data.py check, show, mini
+def run_check(name, split, root, capsys):
+    """(exit code, lines of broken samples, summary)"""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        data_file.main(["check", "--bench", name, "--split", split, f"--{DATASETS[name][2]}_root", str(root)])
+    lines = capsys.readouterr().out.strip().splitlines()
+    return stop.value.code, [line for line in lines if line.startswith("broken: ")], lines[-1]
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_whole_miniatures_pass_the_check(name, minis, capsys):
+    for split in DATASETS[name][1]:
+        samples = open_real(name, split, minis(name))
+        code, broken, summary = run_check(name, split, minis(name), capsys)
+        assert (code, broken) == (0, []) and f"{len(samples)} expressions" in summary and "0 frames" not in summary.split(", ")
+
+
+def mask_table(change):
+    """Damage of revos' mask_dict.json: change(the list of the first annotation that `valid` uses)."""
+    def damage(root):
+        meta = json.loads((root / "meta_expressions_valid_.json").read_text())
+        key = next(str(e["anno_id"][0]) for e in meta["videos"][FIRST]["expressions"].values() if e["anno_id"])
+        edit(root / "mask_dict.json", lambda table: change(table, key, next(i for i, rle in enumerate(table[key]) if rle)))
+    return damage
+
+
+def video(change):
+    return lambda root: edit(root / "meta_expressions_valid_.json", lambda v: change(v["videos"][FIRST]))
+
+
+def folder_for_file(path):
+    path.unlink()
+    path.mkdir()
+
+
+def refavs(level, name, change):
+    """Damage of a file of the first video of `val`."""
+    return lambda root: change(root / level / open_real("refavs", "val", root)[0].video / name)
+
+
+FRAME = f"JPEGImages/{FIRST}/img_0000003.jpg"
+FAULTS = [
+    ("revos", "valid", lambda root: (root / FRAME).unlink(), f"{FIRST}/0: cannot read image: .*{FRAME}"),
+    ("revos", "valid", lambda root: folder_for_file(root / FRAME), f"{FIRST}/0: cannot read image: .*{FRAME}.*directory"),
+    ("revos", "valid", lambda root: (root / FRAME).write_bytes((root / FRAME).read_bytes()[:900]), f"cannot read .*{FRAME}"),
+    ("revos", "valid", lambda root: Image.new("RGB", (64, 64)).save(root / FRAME), "frames of several sizes: .*img_0000003.jpg"),
+    ("revos", "valid", video(lambda v: v["frames"].clear()), f"{FIRST}/0: no frames"),
+    ("revos", "valid", video(lambda v: v["frames"].pop()), f"{FIRST}/0: .* masks of annotation .* frames: .*mask_dict.json"),
+    ("revos", "valid", video(lambda v: v["expressions"]["0"].update(anno_id=[])), f"{FIRST}/0: names no object: .*valid_.json"),
+    ("revos", "valid", video(lambda v: v["expressions"]["0"].update(anno_id=[77])), f"{FIRST}/0: no '77' in .*mask_dict.json"),
+    ("revos", "valid", mask_table(lambda table, key, i: table[key].__setitem__(i, dict(size=[4, 4], counts=[6, 10]))),
+     f"{FIRST}/0: mask of 4 x 4, frame of 128 x 128: annotation .*, frame img_.*is resized"),
+    ("revos", "valid", mask_table(lambda table, key, i: table[key][i].update(size=[4, 4])), f"{FIRST}/0: runs of 16384 .*4, 4"),
+    ("mevis", "valid_u", lambda root: edit(root / "valid_u/mask_dict.json", lambda t: [
+        t.update({k: [dict(size=[4, 4], counts=[6, 10])] * len(v)}) for k, v in t.items()]), "mask of 4 x 4, frame of 128 x 128"),
+    ("refavs", "val", refavs("media", "audio.wav", lambda path: path.unlink()), "cannot read sound: .*audio.wav"),
+    ("refavs", "val", refavs("media", "audio.wav", lambda path: wavfile.write(path, 16000, np.zeros(48000, np.int16))),
+     "sound of 3.0 s, video of 10.0 s: .*audio.wav"),
+    ("refavs", "val", refavs("gt_mask", "fid_0/00004.png", lambda path: path.unlink()), "cannot read mask: .*fid_0/00004.png"),
+    ("refavs", "val", refavs("gt_mask", "fid_0/00004.png", lambda path: path.write_bytes(path.read_bytes()[:60])),
+     "cannot read mask: .*fid_0/00004.png"),
+    ("refavs", "val", refavs("gt_mask", "fid_0/00004.png", lambda path: Image.new("L", (8, 8)).save(path)),
+     "mask of shape .8, 8., .*fid_0/00004.png"),
+    ("refavs", "val", refavs("gt_mask", "fid_0", shutil.rmtree), "no such folder of masks: .*fid_0"),
+    ("reasonseg", "val", lambda root: (root / "val/0.jpg").write_bytes(b""), "0/0: cannot read image: .*val/0.jpg"),
+    ("reasonvos", "test", lambda root: shutil.rmtree(root / "Annotations/mevis_toy_0_0"),
+     "cannot read mask: .*_0_0/00000.png"),
+    ("refdavis", "valid", lambda root: Image.new("RGB", (128, 128)).save(root / "valid/Annotations/toy-3/00000.png"),
+     "mask of shape .128, 128, 3.*00000.png"),
+    ("video_r1", "train", lambda root: (root / "STAR/toy0.avi").unlink(), "no such video file .*STAR/toy0.avi"),
+    ("video_r1", "train", lambda root: (root / "STAR/toy0.avi").write_bytes(short_sound()), "sound of .* video of .*toy0.avi")]
+
+
+def short_sound():
+    scene = seen_scene("train", 0)
+    return toy_mini.video_file(scene.pictures, scene.sound[:SAMPLE_RATE])
+
+
+@pytest.mark.parametrize("name, split, damage, message", FAULTS)
+def test_check_names_a_planted_fault(name, split, damage, message, copy, capsys):
+    root = copy(name)
+    damage(root)
+    code, broken, summary = run_check(name, split, root, capsys)
+    assert code == 1 and re.search(message, broken[0]) and broken[0].startswith(f"broken: {name}/")
+    assert summary.endswith(f"{len(broken)} broken") and not summary.startswith("broken")
+    samples = {sample.name: sample for sample in open_real(name, split, root)}
+    assert all(sum(name in line for name in samples) >= 1 for line in broken)
+
+
+def test_loading_names_sample_and_file(copy):
+    root = copy("revos")
+    (root / FRAME).unlink()
+    sample = open_real("revos", "valid", root)[0]
+    clip = load(sample)                                                  # a missing frame is met when it is read
+    with pytest.raises(ValueError, match=f"{sample.name}: cannot read image: .*{FRAME}"):
+        clip.frames[2]
+    for change, message in ((video(lambda v: v["frames"].append("x")), "masks of annotation .* frames: .*mask_dict.json"),
+                            (video(lambda v: v["frames"].clear()), "no frames")):
+        change(root)
+        with pytest.raises(ValueError, match=f"{sample.name}: .*{message}"):
+            load(open_real("revos", "valid", root)[0])
+    root = copy("refavs")
+    sample = open_real("refavs", "val", root)[0]
+    for t in range(10):
+        Image.new("L", (64, 32)).save(root / f"gt_mask/{sample.video}/fid_0/{t:05d}.png")
+    with pytest.raises(ValueError, match=f"{sample.name}: masks of 64 x 32, frames of 128 x 128: .*frames/0.jpg"):
+        load(sample)
+
+
+def test_revos_masks_of_another_size_are_resized(copy):
+    root = copy("revos")
+    mask_table(lambda table, key, i: table[key].__setitem__(i, dict(size=[4, 4], counts=[8, 8])))(root)
+    sample = open_real("revos", "valid", root)[0]
+    i = next(i for i, mask in enumerate(load(sample).masks[0]) if mask[:, 64:].all() and not mask[:, :64].any())
+    assert len(sample.extra["resized"]) == 1 and sample.names[i] in min(sample.extra["resized"])
+
+
+def test_show_writes_a_sheet_and_the_prompt(minis, tmp_path, capsys):
+    for name, index in (("revos", 0), ("refavs", 1), ("reasonseg", 0), ("video_r1", 0)):
+        root = minis(name)
+        data_file.main(["show", "--bench", name, "--data_root", str(root.parent), "--index", str(index),
+                        "--out", str(tmp_path / name)])
+        sample = open_real(name, DATASETS[name][1][0], root)[index]
+        prompt = (tmp_path / name / "prompt.txt").read_text()
+        sheet = np.array(Image.open(tmp_path / name / "sample.png"))
+        assert sample.name in prompt and sample.query in prompt and sheet.shape[1] % 240 == 0
+        if sample.task == "vos":
+            clip, _ = load(sample).sampled()
+            cells = [sheet[240 * (t // 6):, 240 * (t % 6):][:240:30, :240:30] for t in range(len(clip.frames))]     # some pixels
+            target = clip.masks.any(0)[:, ::16, ::16]
+            assert np.mean([cell[seen][:, 0].mean() for cell, seen in zip(cells, target) if seen.any()]) > 127
+    with pytest.raises(SystemExit) as stop:
+        data_file.main(["show", "--bench", "revos", "--data_root", str(minis("revos").parent), "--index", "999"])
+    assert stop.value.code == 2 and "--index 999" in capsys.readouterr().err
+
+
+def test_check_of_a_dataset_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data_file.main(["check", "--bench", "revos", "--data_root", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 1 and all("mask_dict.json" in line for line in lines) and len(lines) == 2
+
 
 # ------------------------------------------------------------------------------------------------ reading text
 
@@ -1053,6 +1506,514 @@ def test_boundary_tolerance_follows_the_diagonal():
 # ====================================================================================================================
 # model
 # ====================================================================================================================
+
+# ------------------------------------------------------------------------------------------------ official metrics
+
+
+def pixels(mask):
+    return {(int(y), int(x)) for y, x in zip(*np.nonzero(mask))}
+
+
+def slow_j(pred, true):
+    p, t = pixels(pred), pixels(true)
+    return len(p & t) / len(p | t) if p | t else 1.0
+
+
+def blobs(seed, *shape):
+    """Random rectangles, bool [..., H, W]; some are empty, one is full."""
+    rng, (H, W) = np.random.default_rng(seed), shape[-2:]
+    masks = np.zeros((math.prod(shape[:-2]), H, W), bool)
+    for mask in masks:
+        y, x = rng.integers(0, H), rng.integers(0, W)
+        mask[y:y + rng.integers(0, H), x:x + rng.integers(0, W)] = True
+    masks[-1] = True
+    return masks.reshape(shape)
+
+
+def a_sample(true, expression="0", video="v", kind="", **extra):
+    """Sample of masks [O, T, H, W] as the readers make it."""
+    return SimpleNamespace(name=f"bench/{video}/{expression}", video=video, expression=expression, kind=kind, extra=extra,
+                           names=[f"{5 * t:05d}" for t in range(true.shape[1])], read_masks=lambda: true)
+
+
+def revos_sample(true, foreground=None, expression="0", kind="referring", **more):
+    return a_sample(true, expression, kind=kind, objects=len(true), resized=set(),
+                    foreground=lambda: true.any(0)[None] if foreground is None else foreground[None], **more)
+
+
+def slow_revos(true, pred, foreground, unit):
+    """A and R of one expression, pixel by pixel, bytes kept in 0 ... 255 by hand."""
+    A, R = [], []
+    for t in range(len(pred)):
+        right = wrong = allowed = 0
+        for y, x in np.ndindex(pred.shape[1:]):
+            count, found = int(true[:, t, y, x].sum()), unit * int(pred[t, y, x])
+            right += count == found
+            wrong += (1 - count) % 256 * found % 256
+            allowed += int(foreground[t, y, x])
+        A.append(right / pred[t].size)
+        R.append(max(1 - wrong / (allowed + 1e-6), 0))
+    return 100 * np.mean(A), 100 * np.mean(R)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_revos_against_loops(seed):
+    true, pred = blobs(seed, 3, 5, 14, 18), blobs(seed + 10, 5, 14, 18)
+    true[:, 1] = pred[1] = pred[2] = False                                          # both empty; prediction empty
+    foreground = true.any(0) | blobs(seed + 20, 5, 14, 18)
+    pred[3] = foreground[3] = true[0, 3]
+    true[1:, 3] = False
+    values = score_revos(revos_sample(true, foreground), true, pred)
+    union = true.any(0)
+    slow = dict(J=100 * np.mean([slow_j(p, t) for p, t in zip(pred, union)]),
+                F=100 * np.mean([slow_f(p, t) for p, t in zip(pred, union)]))
+    for ending, unit in ("", 1), ("_x255", 255):
+        slow["A" + ending], slow["R" + ending] = slow_revos(true, pred, foreground, unit)
+    assert values == pytest.approx({key: round(value, 2) for key, value in slow.items()}, abs=1e-9)
+    assert all(round(value, 2) == value for value in values.values())
+
+
+def test_revos_robustness_by_hand():
+    true = np.zeros((1, 1, 40, 40), bool)
+    true[0, 0, 5:25, 5:25] = True                                                   # 400 pixels
+    pred = true[0].copy()
+    pred[0, 25, 5:25] = True                                                        # and 5 % beside them
+    values = score_revos(revos_sample(true), true, pred)
+    assert (values["R"], values["R_x255"]) == (95.0, 0.0)
+    assert (values["A"], values["A_x255"]) == (round(100 * 1580 / 1600, 2), round(100 * 1180 / 1600, 2))
+    twice = np.concatenate([true, true])
+    twice[1, 0, 15:, :] = False                                                     # the objects share 200 pixels: 2 there
+    values = score_revos(revos_sample(twice), twice, true[0])
+    assert values["R"] == 0.0                                                       # each of them weighs 255
+    assert values["R_x255"] == 50.0                                                 # 255 * 255 is 1 in a byte
+    assert values["A"] == round(100 * 1400 / 1600, 2)
+    assert values["J"] == values["F"] == 100.0
+
+
+def test_revos_edge_cases():
+    empty, square = np.zeros((1, 1, 20, 20), bool), np.zeros((1, 1, 20, 20), bool)
+    square[..., 5:10, 5:10] = True
+    full = ~empty
+    for true, pred, expected in [(empty, empty, [100] * 6), (empty, square, [0, 0, 93.75, 0, 93.75, 0]),
+                                 (full, full, [100, 100, 100, 100, 0, 100]), (empty, full, [0, 100, 0, 0, 0, 0])]:
+        values = score_revos(revos_sample(true), true, pred[0])
+        assert [values[key] for key in ("J", "F", "A", "R", "A_x255", "R_x255")] == expected
+    assert score_revos(revos_sample(empty), empty, None) == dict.fromkeys(("J", "F", "A", "R", "A_x255", "R_x255"), 0.0)
+
+
+def test_revos_gives_up_over_masks_of_another_size_than_their_frames(tmp_path):
+    true = blobs(0, 1, 3, 9, 11)
+    sample = revos_sample(true)
+    write_prediction(tmp_path, sample, true[0])
+    assert score_sample("revos", sample, tmp_path)["J"] == 100
+    sample.extra["resized"].add("mask of 4 x 4, frame of 11 x 9")
+    row = score_sample("revos", sample, tmp_path)
+    assert row["J"] == row["R"] == 0 and row["problem"] == "bench/v/0: mask of 4 x 4, frame of 11 x 9"
+
+
+def test_revos_overall_is_the_mean_of_two_kinds():
+    def row(kind, J, F, objects):
+        return dict(kind=kind, objects=objects, J=J, F=F, A=J, R=F, A_x255=J, R_x255=F)
+    rows = [row("referring", 40.0, 60.0, 1), row("referring", 50.0, 70.0, 2), row("referring", 60.0, 80.0, 1),
+            row("reasoning", 10.0, 20.0, 3), row("hallucination", 0.0, 0.0, 0)]
+    found = evaluation.revos_subsets(rows)
+    assert [found["overall"][c] for c in ("J", "F", "J&F", "R", "expressions")] == [30.0, 45.0, 37.5, 45.0, 4]
+    assert [found["referring"][c] for c in ("J", "F", "J&F", "expressions")] == [50.0, 70.0, 60.0, 3]
+    assert (found["single"]["J&F"], found["multi"]["J&F"]) == (60.0, 37.5)
+    assert (found["hallucination"]["J&F"], found["hallucination"]["expressions"]) == (0.0, 1)
+    assert evaluation.revos_subsets(rows[:3])["overall"]["J"] is None                   # a look at a few expressions
+    published = [row("referring", 53.2, 64.1, 1), row("reasoning", 41.9, 53.7, 1)]
+    assert evaluation.revos_subsets(published)["overall"]["J"] == pytest.approx(47.55)
+
+
+def test_a_pixel_is_foreground_if_a_resized_mask_touches_it():
+    """Bilinear interpolation in loops: pixel centres at halves, the border repeated, values rounded to whole numbers."""
+    for mask in (blobs(0, 3, 40, 30)[1], blobs(4, 2, 300, 270)[0], np.eye(257, 259, dtype=bool)):
+        H, W = mask.shape
+        slow = np.zeros((256, 256), bool)
+        for y in range(0, 256, 3):
+            for x in range(0, 256, 3):
+                v, u = (max((i + 0.5) * side / 256 - 0.5, 0) for i, side in ((y, H), (x, W)))
+                top, left = int(v), int(u)
+                rows, columns = (top, min(top + 1, H - 1)), (left, min(left + 1, W - 1))
+                value = sum(255 * mask[r, c] * a * b for r, a in zip(rows, (1 - v + top, v - top))
+                            for c, b in zip(columns, (1 - u + left, u - left)))
+                slow[y, x] = value >= 0.5
+        assert (at_256(mask[None])[0][::3, ::3] == slow[::3, ::3]).all()
+
+
+def refavs_batch(seed, count=4, T=3):
+    """Samples and predictions of 256 x 256, with frames of both kinds of emptiness."""
+    true, pred = blobs(seed, count, 1, T, 256, 256), blobs(seed + 50, count, T, 256, 256)
+    true[0, :, 1] = pred[1, 0] = False
+    return [a_sample(t, str(i), kind="seen") for i, t in enumerate(true)], pred
+
+
+def slow_refavs(samples, preds):
+    """J, F, S of one batch as the official functions compute them, from logits of the masks."""
+    true = torch.cat([torch.from_numpy(s.read_masks().any(0)) for s in samples]).float()             # [frames, H, W]
+    p = torch.cat([torch.from_numpy(np.where(m, 20.0, -20.0)) for m in preds]).float().sigmoid()
+    ious, curves = [], []
+    for t, q in zip(true, p):
+        found = (q > 0.4).float()
+        if t.sum() == 0:
+            ious.append(float((1 - found).mean()))
+            continue
+        ious.append(float((found * t).sum() / ((found + t).clamp(max=1).sum() + 1e-7)))
+        curve = []
+        for threshold in torch.linspace(0, 1 - 1e-10, 255):
+            hit = (q >= threshold).float()
+            precision, recall = (hit * t).sum() / (hit.sum() + 1e-20), (hit * t).sum() / (t.sum() + 1e-20)
+            curve.append(float((1.3 * precision * recall / (0.3 * precision + recall)).nan_to_num()))
+        curves.append(curve)
+    F = max(np.mean(curves, 0)) if curves else 0.0
+    return 100 * np.mean(ious), 100 * F, float((p > 0.5).float().mean().sqrt())
+
+
+def test_refavs_against_255_thresholds():
+    samples, preds = refavs_batch(0)
+    rows = [dict(kind="seen") | BENCHES["refavs"]["score"](s, s.read_masks(), p) for s, p in zip(samples, preds)]
+    J, F, S = slow_refavs(samples, preds)
+    found = BENCHES["refavs"]["subsets"](rows)
+    assert [found["seen"][c] for c in ("J", "F", "J&F")] == pytest.approx([J, F, (J + F) / 2], abs=1e-3)
+    assert BENCHES["refavs"]["subsets"]([row | dict(kind="null") for row in rows])["null"]["S"] == pytest.approx(S)
+    for row, sample, pred in zip(rows, samples, preds):
+        assert [row[c] for c in ("J", "F", "S")] == pytest.approx(slow_refavs([sample], [pred]), abs=1e-3)
+
+
+def test_refavs_takes_the_best_threshold_and_the_root_batch_by_batch():
+    row = dict(J=50.0, frames=1)
+    rows = [row | dict(kind="seen", curve=c) for c in ([0.9, 0.1], [0.9, 0.1], [0.0, 0.8], [0.0, 0.8], [0.2, 0.6], [0.2, 0.0])]
+    found = evaluation.refavs_subsets(rows)
+    assert found["seen"]["F"] == pytest.approx(100 * (np.mean([0.45, 0.45]) + 0.3) / 2)      # batches of 4 and of 2
+    assert found["seen"]["expressions"] == 6 and found["unseen"]["J"] is found["null"]["S"] is None
+    nulls = [dict(kind="null", area=a) for a in (0.0, 0.0, 0.0, 0.04, 1.0)]
+    assert evaluation.refavs_subsets(nulls)["null"]["S"] == pytest.approx((0.1 + 1) / 2)
+
+
+def test_refavs_edge_cases():
+    score, empty = BENCHES["refavs"]["score"], np.zeros((1, 2, 256, 256), bool)
+    quarter = empty.copy()
+    quarter[..., :128, :128] = True
+    values = score(a_sample(empty), empty, quarter[0])
+    assert (values["J"], values["F"], values["S"]) == (75.0, 0.0, 0.5)              # no target: the share left out
+    values = score(a_sample(quarter), quarter, empty[0])
+    assert values["J"] == 0.0 and values["F"] == pytest.approx(100 * 1.3 * 0.25 / (0.3 * 0.25 + 1))  # the whole frame's
+    values = score(a_sample(quarter), quarter, quarter[0])
+    assert (values["J"], values["F"]) == pytest.approx((100.0, 100.0))
+    quarter[0, 1] = False
+    missing = score(a_sample(quarter), quarter, None)
+    assert missing["frames"] == 1                                                   # as much weight as a wrong prediction
+    assert (missing["J"], missing["F"], missing["S"]) == (0.0, 0.0, 1.0)            # an S of 0 would be the best
+    assert region_f(quarter[0], empty[0]).tolist() == [0.0, 0.0]
+
+
+def test_pictures_against_sets():
+    true, pred = blobs(1, 4, 2, 1, 20, 30), blobs(2, 4, 1, 20, 30)
+    true[2] = pred[2] = False                                                       # both empty: IoU 1
+    true[3, :, :, 4:] = False
+    rows = [BENCHES["refcocog"]["score"](a_sample(t), t, p) | dict(kind="") for t, p in zip(true, pred)]
+    sets = [(pixels(p[0]), pixels(t[0, 0]) | pixels(t[1, 0])) for t, p in zip(true, pred)]
+    found = BENCHES["refcocog"]["subsets"](rows)["overall"]
+    assert found["gIoU"] == pytest.approx(100 * np.mean([len(p & t) / (len(p | t) + 1e-5) if p | t else 1 for p, t in sets]))
+    assert found["cIoU"] == pytest.approx(100 * sum(len(p & t) for p, t in sets) / sum(len(p | t) for p, t in sets))
+    none = BENCHES["refcocog"]["score"](a_sample(true[0]), true[0], None)
+    assert none == dict(I=0, U=len(sets[0][1]), IoU=0)                              # its area counts in cIoU
+    assert BENCHES["refcocog"]["score"](a_sample(true[2]), true[2], None)["IoU"] == 0
+
+
+def test_reasonseg_takes_ignore_both_ways():
+    true, ignore, pred = blobs(1, 2, 1, 1, 20, 30)[0], blobs(2, 2, 20, 30)[0], blobs(3, 2, 1, 20, 30)[0]
+    true[0, 0] &= ~ignore
+    values = score_reasonseg(a_sample(true, ignore=lambda: ignore[None, None]), true, pred)
+    p, t, i = pixels(pred[0]), pixels(true[0, 0]), pixels(ignore)
+    assert p & i and t and (values["I"], values["U"]) == (len((p & t) - i), len((p | t) - i))
+    assert (values["I_fg"], values["U_fg"]) == (len(p & (t | i)), len(p | t | i))
+    assert values["IoU"] == pytest.approx(100 * values["I"] / (values["U"] + 1e-5))
+    nothing = np.zeros_like(true)
+    both = score_reasonseg(a_sample(nothing, ignore=lambda: nothing), nothing, nothing[0])
+    assert (both["IoU"], both["IoU_fg"]) == (100, 0)                                # LISA's rule and Seg-Zero's
+    assert score_reasonseg(a_sample(true), None, None)["IoU_fg"] == 0
+    rows = [values | dict(kind=""), both | dict(kind="")]
+    assert BENCHES["reasonseg"]["subsets"](rows)["overall"]["cIoU_fg"] == pytest.approx(100 * values["I_fg"] / values["U_fg"])
+
+
+def davis_video(seed):
+    """uint8 annotation [T, H, W] of 2 objects and void, and what two expressions found."""
+    masks, pred = blobs(seed, 3, 3, 16, 20), blobs(seed + 9, 2, 3, 16, 20)
+    annotation = np.zeros((3, 16, 20), np.uint8)
+    annotation[masks[0]], annotation[masks[1]], annotation[:, 3:6, 2:9] = 1, 2, 255
+    annotation[0, 0, 0], annotation[2] = 2, 1
+    return annotation, pred
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_davis_matches_objects_as_well_as_any_permutation(seed):
+    annotation, pred = davis_video(seed)
+    found = np.where(pred[0], 1, np.where(pred[1], 3, 0)).astype(np.uint8)          # 2 is proposed and empty
+    void, table = annotation == 255, {}
+    for p, o in itertools.product((1, 2, 3), (1, 2)):
+        pairs = [(np.where(v, False, f == p), a == o) for f, a, v in zip(found, annotation, void)]
+        table[p, o] = 100 * np.mean([slow_j(*pair) for pair in pairs]), 100 * np.mean([slow_f(*pair) for pair in pairs])
+    best = max(itertools.permutations((1, 2, 3), 2), key=lambda order: sum(sum(table[p, o]) for o, p in enumerate(order, 1)))
+    ours = match_objects(found, annotation)
+    assert np.sum(ours, 0) == pytest.approx(np.sum([table[p, o] for o, p in enumerate(best, 1)], 0))
+    assert len(match_objects(found * 0, annotation)) == 2                           # nothing found: still two objects
+    annotation[0] = 0                                                               # objects are those of the first frame
+    assert match_objects(found, annotation) == []
+
+
+def davis_samples(annotation):
+    """Two objects of one video, four annotators each."""
+    return [a_sample((annotation == 1 + k // 4)[None], str(k), annotator=k % 4, annotation=lambda: annotation)
+            for k in range(8)]
+
+
+def test_davis_protocols(tmp_path):
+    annotation, pred = davis_video(0)
+    samples = davis_samples(annotation)
+    for k, sample in enumerate(samples):
+        masks = sample.read_masks()[0] | (annotation == 255) if sample.extra["annotator"] < 2 else pred[k // 4]
+        write_prediction(tmp_path, sample, masks)
+    found = score_predictions("refdavis", samples[::-1], tmp_path)["subsets"]
+    assert found["annotator 0"]["J&F"] == found["annotator 1"]["J&F"] == 100        # void does not count ...
+    assert found["protocol B"]["J"] < 100                                           # ... but for protocol B it does
+    merged = np.where(pred[0], 1, np.where(pred[1], 2, 0)).astype(np.uint8)         # the first object wins
+    by_hand = np.mean(match_objects(merged, annotation), 0)
+    assert [found["annotator 3"][c] for c in ("J", "F")] == pytest.approx(list(by_hand))
+    assert found["protocol A"]["J"] == pytest.approx((200 + 2 * by_hand[0]) / 4)
+    write_davis(tmp_path, samples)
+    frames = [np.array(Image.open(tmp_path / f"anno_2/v/{name}.png")) for name in samples[0].names]
+    assert (np.array(frames) == merged).all()
+
+
+def test_davis_protocol_a_finds_nothing_where_there_is_no_prediction(tmp_path):
+    annotation, _ = davis_video(0)
+    samples = davis_samples(annotation)
+    for sample in samples[1:]:
+        write_prediction(tmp_path, sample, sample.read_masks()[0])
+    results = score_predictions("refdavis", samples, tmp_path)
+    merged = np.where(annotation == 2, 2, 0).astype(np.uint8)
+    assert results["missing"] == 1 and results["subsets"]["annotator 1"]["J"] == 100
+    rows = [dict(J=12.346, F=20.0), dict(J=12.348, F=20.001)]                       # protocol B rounds at the end
+    assert evaluation.davis_subsets(rows)["protocol B"] == {"J": 12.35, "F": 20.0, "J&F": 16.17, "expressions": 2}
+    assert results["subsets"]["annotator 0"]["J"] == pytest.approx(np.mean(match_objects(merged, annotation), 0)[0])
+    write_davis(tmp_path, samples)
+    assert (np.array(Image.open(tmp_path / "anno_0/v/00005.png")) == merged[1]).all()
+
+
+def test_mevis_weighs_expressions_and_counts_what_is_missing(tmp_path):
+    true, pred = blobs(0, 4, 2, 3, 12, 16), blobs(1, 4, 3, 12, 16)
+    samples = [a_sample(t, str(i)) for i, t in enumerate(true)]
+    for sample, masks in list(zip(samples, pred))[:3]:
+        write_prediction(tmp_path, sample, masks)
+    Image.new("L", (17, 12)).save(tmp_path / "Annotations/v/2/00005.png")           # wrong size
+    results = score_predictions("mevis", samples, tmp_path, workers=2)
+    unions = [t.any(0) for t in true]
+    J = [np.mean([slow_j(*pair) for pair in zip(p, u)]) for p, u in zip(pred, unions)][:2] + [0, 0]
+    F = [np.mean([slow_f(*pair) for pair in zip(p, u)]) for p, u in zip(pred, unions)][:2] + [0, 0]
+    assert results["summary"] == pytest.approx({"overall J": 100 * np.mean(J), "overall F": 100 * np.mean(F),
+                                                "overall J&F": 50 * (np.mean(J) + np.mean(F))})
+    assert results["missing"] == 1 and len(results["broken"]) == 1
+    assert [row["name"] for row in results["expressions"]] == [sample.name for sample in samples]
+    text = score_table(json.loads(json.dumps(results)))                             # results.json can be printed again
+    assert "no prediction, scored 0: 1 of 4 expressions" in text and "00005.png is 12 x 17, its frame 12 x 16" in text
+    assert f"{results['summary']['overall J&F']:.2f}" in text
+
+
+@pytest.mark.parametrize("bench", BENCHES)
+def test_every_benchmark_rates_the_truth_and_nothing_at_all(bench, tmp_path):
+    kinds = {"revos": ("referring", "reasoning", "hallucination"), "refavs": ("seen", "unseen", "null")}.get(bench, ("",))
+    samples = []
+    for i, kind in enumerate(kinds * 4):
+        true = np.zeros((1, 1 if bench.startswith(("refcoco", "reasonseg")) else 2, 64, 64), bool)
+        true[..., 8:40, 8:40] = kind not in ("hallucination", "null")
+        annotation = true[0].astype(np.uint8)
+        samples.append(a_sample(true, str(i), kind=kind, objects=1 + i // 6, foreground=lambda true=true: true[:1],
+                                ignore=lambda true=true: true & False, annotator=i % 4,
+                                annotation=lambda annotation=annotation: annotation))
+    nothing = score_predictions(bench, samples, tmp_path)
+    assert nothing["missing"] == len(samples)
+    for column, value in nothing["summary"].items():
+        assert value == (1 if column == "null S" else 0), column
+    for sample in samples:
+        write_prediction(tmp_path, sample, sample.read_masks()[0])
+    best = score_predictions(bench, samples, tmp_path / "Annotations")
+    assert best["missing"] == 0 and not best["broken"]
+    for column, value in best["summary"].items():
+        assert "A_x255" in column or value == pytest.approx(0 if column == "null S" else 100, abs=1e-4), column
+    assert "cannot be read" not in score_table(best)
+
+
+def test_hidden_masks_are_not_scored(tmp_path):
+    sample = a_sample(np.zeros((1, 2, 4, 4), bool))
+    sample.read_masks = None
+    with pytest.raises(ValueError, match="refytvos: its masks are not public"):
+        score_predictions("refytvos", [sample], tmp_path)
+
+
+def test_broken_truth_scores_0_and_is_named(tmp_path):
+    sample = a_sample(np.zeros((1, 2, 4, 4), bool))
+
+    def broken():
+        raise ValueError("mask of wrong length: v/0 in mask_dict.json")
+    sample.read_masks = broken
+    for bench in BENCHES:
+        row = score_sample(bench, sample, str(tmp_path))
+        assert "mask_dict.json" in row["problem"] and row.get("J", 0) == row.get("IoU", 0) == 0
+
+
+# ------------------------------------------------------------------------------------------------ predictions
+
+
+@pytest.mark.parametrize("video, folder", [("OVIS/train/9d5940d2", None), ("0a7a2514aa", None), ("v_1", "mose_v_1_2")])
+def test_predictions_survive_writing_and_reading(tmp_path, video, folder):
+    masks = blobs(0, 3, 9, 11)
+    sample = a_sample(masks[None], "12", video, **({"folder": folder} if folder else {}))
+    assert read_prediction(tmp_path, sample, (9, 11)) is None
+    write_prediction(tmp_path, sample, masks)
+    path = tmp_path / "Annotations" / (folder or video) / "12/00005.png"
+    with Image.open(path) as image:
+        assert image.mode == "L" and set(np.unique(image)) <= {0, 255} and (np.array(image) == 255 * masks[1]).all()
+    for directory in (tmp_path, tmp_path / "Annotations"):
+        assert (read_prediction(directory, sample, (9, 11)) == masks).all()
+    Image.fromarray(masks[1].astype(np.uint8)).save(path)                           # 0/1 means the same as 0/255
+    write_prediction(tmp_path, a_sample(masks[None], "13", video, **sample.extra), ~masks)
+    assert (read_prediction(tmp_path, sample, (9, 11)) == masks).all()
+    write_prediction(tmp_path, sample, ~masks)                                      # again: replaced
+    assert (read_prediction(tmp_path, sample, (9, 11)) == ~masks).all()
+    with pytest.raises(ValueError, match="2 masks for the 3 frames of bench"):
+        write_prediction(tmp_path, sample, masks[:2])
+
+
+def test_an_interrupted_expression_is_not_finished(tmp_path, monkeypatch):
+    masks = blobs(0, 3, 9, 11)
+    sample, saved = a_sample(masks[None]), []
+
+    def interrupted(image, path):
+        saved.append(path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        open(path, "w").close()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", interrupted)
+        write_prediction(tmp_path, sample, masks)
+    assert read_prediction(tmp_path, sample, (9, 11)) is None
+    with zipfile.ZipFile(zip_predictions("revos", tmp_path)) as archive:
+        assert archive.namelist() == []
+    write_prediction(tmp_path, sample, masks)
+    assert (read_prediction(tmp_path, sample, (9, 11)) == masks).all()
+    assert [path.name for path in (tmp_path / "Annotations/v").iterdir()] == ["0"]
+
+
+def test_broken_predictions_are_named(tmp_path):
+    masks = np.random.default_rng(0).random((3, 40, 50)) < 0.5
+    sample = a_sample(masks[None])
+    write_prediction(tmp_path, sample, masks)
+    path = tmp_path / "Annotations/v/0/00005.png"
+    good = path.read_bytes()
+    cut, flipped = [good[:n] for n in (0, 40, 200)], [good[:i] + b"\0" + good[i + 1:] for i in (11, 35, 36, 60)]
+    for content in cut + flipped:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read predicted mask: {re.escape(str(path))}"):
+            read_prediction(tmp_path, sample, (40, 50))
+    path.unlink()
+    for spoil in (lambda: None, path.mkdir):                                        # missing, then a directory
+        spoil()
+        with pytest.raises(ValueError, match="cannot read predicted mask: .*00005.png"):
+            read_prediction(tmp_path, sample, (40, 50))
+
+
+def test_a_picture_without_a_readable_prediction_counts_its_area_in_ciou(tmp_path):
+    true = np.zeros((1, 1, 9, 11), bool)
+    true[..., 2:5, 3:8] = True
+    write_prediction(tmp_path, a_sample(true), true[0])
+    Image.new("L", (9, 9)).save(tmp_path / "Annotations/v/0/00000.png")
+    row = score_sample("refcoco", a_sample(true), tmp_path)
+    assert (row["I"], row["U"], row["IoU"]) == (0, 15, 0) and "wrong size" in row["problem"]
+
+
+@pytest.mark.parametrize("bench, top", [("mevis", "b/0/"), ("refytvos", "Annotations/b/0/")])
+def test_archives_are_as_their_servers_take_them(tmp_path, bench, top):
+    masks = blobs(0, 2, 9, 11)
+    for video in "ba":
+        write_prediction(tmp_path, a_sample(masks[None], video=video), masks)
+    path = zip_predictions(bench, tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        assert top + "00005.png" in names and len(names) == 4 and names == sorted(names)
+        with archive.open(top + "00000.png") as file:
+            assert (np.array(Image.open(file)) == 255 * masks[0]).all()
+    with pytest.raises(FileNotFoundError, match="no predictions to pack"):
+        zip_predictions(bench, tmp_path / "elsewhere")
+
+
+def encode(mask):
+    rle = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return dict(size=rle["size"], counts=rle["counts"].decode())
+
+
+def test_predictions_in_one_json(tmp_path):
+    true = blobs(0, 3, 2, 3, 9, 11)
+    samples = [revos_sample(t, expression=str(i), kind=k) for i, (t, k) in
+               enumerate(zip(true, ("referring", "reasoning", "reasoning")))]
+    pred = blobs(1, 2, 3, 9, 11)
+    found = {str(i): dict(exp="the left one", prediction_masks=[encode(m) for m in masks]) for i, masks in enumerate(pred)}
+    (tmp_path / "found.json").write_text(json.dumps({"v": found}))
+    for sample, masks in zip(samples, pred):
+        write_prediction(tmp_path, sample, masks)
+    results = score_predictions("revos", samples, tmp_path / "found.json")
+    assert results == score_predictions("revos", samples, tmp_path) and results["missing"] == 1
+    found["1"]["prediction_masks"].pop()
+    (tmp_path / "found.json").write_text(json.dumps({"v": found}))
+    (broken,) = score_predictions("revos", samples, tmp_path / "found.json")["broken"]
+    assert "prediction_masks of bench/v/1 are not a list of 3" in broken
+
+
+@pytest.mark.parametrize("content, error, message", [
+    (None, FileNotFoundError, "no such directory or .json of predictions"), ('{"v": {', ValueError, "cannot use"),
+    ("[1]", ValueError, "cannot use")])
+def test_what_is_no_set_of_predictions_is_named(tmp_path, content, error, message):
+    path = tmp_path / "found.json"
+    if content:
+        path.write_text(content)
+    with pytest.raises(error, match=f"{message}.*found.json"):
+        open_predictions(path)
+
+
+# ------------------------------------------------------------------------------------------------ plugged grounders
+
+
+def test_any_file_can_ground(tmp_path):
+    path = tmp_path / "left half.py"
+    path.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                    "@dataclass\nclass Thing:\n    part: int\n"
+                    "def boxes(image, description):\n    return [[0, 0, image.width // Thing(2).part, image.height - 1.0]]"
+                    " * len(description.split())\n")
+    boxes = plugged(str(path))
+    assert boxes(Image.new("RGB", (40, 30)), "two dogs") == [(0.0, 0.0, 20.0, 29.0)] * 2
+    assert boxes(Image.new("RGB", (40, 30)), "") == []
+
+
+@pytest.mark.parametrize("result", ["None", "3", "'a'", "[(1, 2, 3)]", "[(5, 2, 1, 4)]", "[1, 2, 3, 4]",
+                                    "[(0, 0, 1, float('nan'))]"])
+def test_what_a_plugged_function_returns_is_checked(tmp_path, result):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def boxes(image, description):\n    return {result}\n")
+    with pytest.raises(ValueError, match=r"boxes\(\) of .*mine.py returned .*, not a list of \(x1, y1, x2, y2\)"):
+        plugged(str(path))(Image.new("RGB", (40, 30)), "dog")
+
+
+def test_what_cannot_be_plugged_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file of a grounder: .*none.py"):
+        plugged(str(tmp_path / "none.py"))
+    (tmp_path / "mine.py").write_text("def ground(): pass\n")
+    with pytest.raises(ValueError, match=r"no function boxes\(image, description\) in: .*mine.py"):
+        plugged(str(tmp_path / "mine.py"))
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(ValueError, match="not a Python file: .*mine.txt"):
+        plugged(str(tmp_path / "mine.txt"))
+
 
 # ---- a Thinker in miniature, and prompts for it ------------------------------------------------------------------
 # Ids: 0 pad, 1 end, 2 sound, 3 image, 4 video, 5 and 6 vision brackets, 7 and 8 sound brackets, the rest is text.
@@ -1902,17 +2863,43 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine():
     assert factors[2:] == sorted(factors[2:], reverse=True)
 
 
+def numbers(task, count, start=0):
+    """A source whose items are numbers and whose clips are named after them."""
+    picture = Frames(lambda t: Image.new("RGB", (8, 8)), [0])
+    return Source(task, range(start, start + count), lambda item, rng: Clip(str(item), picture, str(rng.integers(9)), task=task))
+
+
+def drawn(sources, steps, settings, world=1):
+    """Names, tasks, queries and seeds of each step's clips, over all processes."""
+    found = []
+    for step in range(steps):
+        shares = [train.draw(sources, step, part, settings, rank, world)
+                  for part in range(settings.accumulate) for rank in range(world)]
+        found.append(sorted((clip.name, clip.task, clip.query, seed) for clips, seeds in shares for clip, seed in zip(clips, seeds)))
+    return found
+
+
 def test_an_epoch_draws_every_clip_once_whatever_the_number_of_processes():
     settings = train.read_settings(["--batch", "4", "--seed", "5"])
-    data = range(100, 112)                                              # twelve clips
-    alone = [train.draw(data, rollout, settings, 0, 1) for rollout in range(6)]
-    first, second = ([clip for clips, _ in alone[a:a + 3] for clip in clips] for a in (0, 3))
-    assert sorted(first) == sorted(second) == list(data) and first != second
-    assert len({seed for _, seeds in alone for seed in seeds}) == 24
-    for rollout, (clips, seeds) in enumerate(alone):
-        shares = [train.draw(data, rollout, settings, rank, 2) for rank in range(2)]
-        assert sorted(sum((share[0] for share in shares), [])) == sorted(clips)
-        assert sorted(sum((share[1] for share in shares), [])) == sorted(seeds)
+    sources = (numbers("vos", 24),)
+    steps = drawn(sources, 12, settings)
+    first, second = ([name for step in steps[a:a + 6] for name, *_ in step] for a in (0, 6))
+    assert sorted(first) == sorted(second) == sorted(map(str, range(24))) and first != second
+    assert len({seed for step in steps for *_, seed in step}) == 48
+    assert steps == drawn(sources, 12, settings, world=2)
+    assert [sorted(a + b) for a, b in zip(steps[:6:2], steps[1:6:2])] == drawn(sources, 3, replace(settings, batch=2, accumulate=4)) \
+        == drawn(sources, 3, replace(settings, batch=8))
+
+
+def test_a_step_is_of_one_task_and_an_epoch_of_several_leaves_nothing_out():
+    settings = train.read_settings(["--batch", "4"])
+    sources = (numbers("vos", 7), numbers("avs", 3, 100), numbers("vos", 4, 200), numbers("qa", 9, 300))
+    assert epoch_length(sources, 4) == 3 + 1 + 3
+    steps = drawn(sources, 7, settings)
+    assert all(len({task for _, task, *_ in step}) == 1 for step in steps)
+    names = [name for step in steps for name, *_ in step]
+    assert set(names) == {str(i) for source in sources for i in source.items} and len(names) == 28        # 5 of 23 fill up
+    assert [step[0][1] for step in steps] != [step[0][1] for step in drawn(sources, 14, settings)[7:]]
 
 
 # ------------------------------------------------------------------------------------------------ the programs
@@ -1920,8 +2907,132 @@ def test_an_epoch_draws_every_clip_once_whatever_the_number_of_processes():
 
 def run(program, *arguments, processes=0):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29611"] if processes else []
-    command = [sys.executable, *launcher, ROOT / program, "--device", "cpu", *arguments]
+    command = [sys.executable, *launcher, ROOT / program, "--device", "cpu", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def data_root(minis):
+    """A data root with miniatures of all that can be trained on without pyarrow."""
+    return {name: minis(name) for name in ("revos", "mevis", "refavs", "video_r1")}["revos"].parent
+
+
+def train_here(tmp_path, monkeypatch, *arguments):
+    """The rows of a run's log."""
+    monkeypatch.chdir(tmp_path)
+    train.main([*map(str, arguments), "--name", "here", "--group", "2", "--max_new_tokens", "24", "--device", "cpu", "--threads", "1"])
+    return [json.loads(line) for line in open(tmp_path / "out/here/metrics.jsonl")]
+
+
+def test_training_mixes_tasks_a_step_of_each(data_root, tmp_path, monkeypatch):
+    rows = train_here(tmp_path, monkeypatch, "--data", "revos,mevis,refavs,video_r1", "--data_root", data_root, "--batch", 4, "--steps", 6)
+    steps = {"base": 1, "first_box": 2, "accuracy": 3}                   # 4 videos, 8 expressions of Ref-AVS, 10 questions
+    assert {term: sum(term in row for row in rows) for term in steps} == steps and not any(row["broken"] for row in rows)
+    assert all(sum(term in row for term in steps) == 1 and "format" in row for row in rows)
+    assert (tmp_path / "out/here/policy/model.safetensors").exists()
+
+
+def test_a_dataset_may_lie_elsewhere_and_what_is_left_out_is_listed(copy, tmp_path, monkeypatch, capsys):
+    root = copy("revos").rename(tmp_path / "elsewhere")
+    meta = json.loads((root / "meta_expressions_train_.json").read_text())
+    for expression in next(iter(meta["videos"].values()))["expressions"].values():
+        expression["anno_id"] = []
+    (root / "meta_expressions_train_.json").write_text(json.dumps(meta))
+    rows = train_here(tmp_path, monkeypatch, "--data", "revos", "--revos_root", root, "--batch", 1, "--steps", 1)
+    left = (tmp_path / "out/here/left_out.txt").read_text().splitlines()
+    assert rows[0]["broken"] == 0 and len(left) > 3 and all("names no object" in line for line in left)
+    assert f"{len(left)} samples are left out" in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_is_named_and_counts_for_nothing(copy, tmp_path, monkeypatch, capsys):
+    root = copy("revos")
+    broken = next((root / "JPEGImages/OVIS/train").glob("train-*"))
+    (broken / "img_0000003.jpg").write_bytes(b"no picture")
+    options = ["--data", "revos", "--data_root", root.parent, "--batch", 2, "--steps", 1, "--lr", 0.1]
+    row, = train_here(tmp_path, monkeypatch, *options)
+    assert row["broken"] == 1 and "img_0000003.jpg" in capsys.readouterr().err
+    done = run("train.py", *options, "--name", "two", "--group", 2, "--max_new_tokens", 24, "--threads", 1, processes=2)
+    assert done.returncode == 0 and "img_0000003.jpg" in done.stderr     # one process has nothing to learn from
+    two = json.loads((tmp_path / "out/two/metrics.jsonl").read_text())
+    assert {k: row[k] for k in ("broken", "reward", "kl")} == pytest.approx({k: two[k] for k in ("broken", "reward", "kl")}, rel=1e-3)
+
+
+def test_tasks_other_than_masks_are_rewarded_as_their_papers_say():
+    masks = np.zeros((1, 3, 20, 20), bool)
+    masks[0, 0, 5:10, 5:15] = True
+    clip = Clip("", None, "", masks=masks, task="avs")
+    terms = reward_terms(clip, (1, 1), said().replace("[]", "a dog"), {0: [(5, 5, 14, 7), (0, 0, 1, 1)]}, None)
+    assert terms == dict(first_box=30 / 50, format=1.0, malformed=0.0)
+    assert reward_terms(clip, (1, 1), said().replace("[]", "null"), {}, None)["first_box"] == 0
+    assert reward_terms(replace(clip, masks=masks & False), (1, 1), said().replace("[]", "null"), {}, None)["first_box"] == 1
+    assert frames_to_ground(clip, said().replace("[]", "a dog")) == {0: "a dog"} and frames_to_ground(clip, said()[:-9]) == {}
+    picture = Clip("", None, "", masks=masks, task="image", truth=dict(box=TRUE_BOX, points=TRUE_POINTS))
+    half = '{"bbox_2d": [50, 50, 99.5, 99.5], "points_1": [60, 75], "points_2": [90, 75]}'         # at half the size
+    terms = reward_terms(picture, (2, 2), said().replace("[]", half), {}, None)
+    assert terms["iou"] == pytest.approx(1.4, abs=0.05) and terms["box"] == terms["point"] == terms["strict"] == terms["format"] == 1
+    assert total_rewards([terms], [9], train.read_settings([])) == pytest.approx(terms["iou"] + 4)
+
+
+@pytest.mark.parametrize("kind, answer, true, expected", [
+    ("multiple choice", "B", "B", 1), ("multiple choice", "B.", "B", 0), ("numerical", "1,000.5", "1000.50", 1), ("numerical", "3", "3.0", 0),
+    ("numerical", "2.004", "2.00", 1), ("numerical", "nan", "nan", 0), ("numerical", "three", "3", 0), ("regression", "9", "10", 0.9),
+    ("regression", "-5", "10", 0), ("regression", "inf", "10", 0), ("OCR", "the cat sat", "the cat sits", 2 / 3), ("OCR", "a b c d", "x", 0),
+    ("OCR", "cat", "the cat sat", 1 / 3), ("free-form", "a cat sat on a mat", "The cat sat on the mat.", (2 / 3 + 2 / 5 + 2 / 3) / 3),
+    ("free-form", "", "word", 0), ("free-form", "mat the on", "on the mat", (1 + 0 + 1 / 3) / 3)])
+def test_questions_by_hand(kind, answer, true, expected):
+    for solution in (true, f"<answer>{true}</answer>"):
+        assert question_reward(kind, f"<think>x</think><answer>{answer}</answer>", solution) == pytest.approx(expected, abs=1e-6)
+    assert question_reward(kind, answer, true) == 0                      # no answer tags
+    assert 0 <= question_reward(kind, f"<answer>{answer * 100_000}</answer>", true) <= 1
+
+
+def evaluate_here(out, *arguments):
+    evaluation.main([*map(str, arguments), "--out", str(out), "--max_new_tokens", "48", "--device", "cpu"])
+    return json.loads((out / "results.json").read_text())
+
+
+def test_an_evaluation_goes_on_where_it_was_cut_off_and_scores_what_others_predicted(data_root, tmp_path):
+    common = ["--bench", "revos", "--data_root", data_root, "--limit", 5]
+    whole = evaluate_here(tmp_path / "a", *common, "--batch", 2)
+    assert len(whole["expressions"]) == 5 and whole["missing"] == 0
+    answers = (tmp_path / "a/answers-0.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in answers] == [row["name"] for row in whole["expressions"]]
+    sample = open_real("revos", "valid", data_root / "revos")[2]
+    shutil.rmtree(prediction_folder(tmp_path / "a", sample))
+    again = evaluate_here(tmp_path / "a", *common)
+    assert again["summary"] == whole["summary"]
+    assert json.loads((tmp_path / "a/answers-0.jsonl").read_text().splitlines()[5])["name"] == sample.name
+    others = evaluate_here(tmp_path / "b", *common, "--predictions", tmp_path / "a")
+    assert others["summary"] == whole["summary"]
+    shutil.rmtree(prediction_folder(tmp_path / "a", sample))
+    assert evaluate_here(tmp_path / "b", *common, "--predictions", tmp_path / "a")["missing"] == 1
+
+
+def test_processes_share_an_evaluation(data_root, tmp_path):
+    common = ["--bench", "refavs", "--split", "test_s,test_n", "--data_root", data_root, "--max_new_tokens", 48, "--device", "cpu"]
+    done = run("eval.py", *common, "--out", tmp_path / "two", "--zip", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two, one = json.loads((tmp_path / "two/results.json").read_text()), evaluate_here(tmp_path / "one", *common[:-4])
+    assert two["summary"] == one["summary"] and two["subsets"]["null"]["expressions"] > 0
+    assert (tmp_path / "two/refavs.zip").exists() and (tmp_path / "two/answers-1.jsonl").exists()
+
+
+def test_a_video_that_cannot_be_read_is_named_and_has_no_prediction(copy, tmp_path, capsys):
+    root = copy("mevis")
+    video = next((root / "valid_u/JPEGImages").iterdir())
+    next(video.iterdir()).write_bytes(b"")
+    found = evaluate_here(tmp_path / "out", "--bench", "mevis", "--data_root", root.parent)
+    here = [row for row in found["expressions"] if f"/{video.name}/" in row["name"]]
+    assert all(row["problem"] and row["J"] == 0 for row in here) and len(found["broken"]) + found["missing"] == len(here) > 0
+    assert f"no prediction for {here[0]['name']}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bench", ["refcoco", "reasonseg"])
+def test_pictures_are_asked_for_a_box(bench, minis, tmp_path):
+    found = evaluate_here(tmp_path, "--bench", bench, "--data_root", minis(bench).parent, "--limit", 2)
+    assert len(found["expressions"]) == 2 and found["missing"] == 0
+    line = json.loads((tmp_path / "answers-0.jsonl").read_text().splitlines()[0])
+    assert line["keyframes"] == {}
 
 
 def test_two_processes_update_as_one(tmp_path, monkeypatch):
@@ -1976,7 +3087,9 @@ OUT_OF_LIMITS = dict(
       for name, values in OUT_OF_LIMITS.items() for value in values),
     *((["train.py", "--policy", name], f"{name}/training.json") for name in ("listed", "torn", "unknown", "typed", "chosen")),
     (["train.py", "--policy", "limited"], "--group 1: must be "),
-    (["eval.py", "--bench", "coco"], "coco"), (["eval.py", "--policy", "nowhere"], "nowhere"),
+    (["eval.py", "--bench", "coco"], "coco"), (["eval.py", "--system2", "somebody"], "somebody"),
+    (["eval.py", "--bench", "revos", "--data_root", "nowhere"], "nowhere"), (["train.py", "--data", "revos", "--data_root", "nowhere"], "nowhere"),
+    (["train.py", "--data", "refdavis"], "refdavis"), (["eval.py", "--policy", "nowhere"], "nowhere"),
     *((line.split(), line.split()[1]) for line in (
         "eval.py --clips 0", "eval.py --batch -1", "eval.py --max_new_tokens many", "eval.py --device tpu",
         "segment.py --index -1", "segment.py --max_new_tokens 0", "segment.py --device tpu")),
