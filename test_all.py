@@ -2433,6 +2433,18 @@ def omni(thinker, tmp_path):
     return path
 
 
+def test_the_7b_has_the_same_weights_here_and_in_transformers():
+    """On the meta device: names and shapes of every weight, at the size that users bring."""
+    config = Qwen2_5OmniThinkerConfig(
+        text_config=dict(rope_parameters=dict(rope_theta=1e6, rope_type="default", mrope_section=[16, 24, 24])),
+        vision_config=dict(hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584))
+    with torch.device("meta"):
+        ours, theirs = Thinker(config).state_dict(), Qwen2_5OmniThinkerForConditionalGeneration(config).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    trained = sum(v.numel() for k, v in ours.items() if k.startswith(("model.", "lm_head.")))
+    assert len(ours) > 1000 and trained == 7_615_616_512                                  # method.md, 6: the language model
+
+
 def test_the_released_layout_loads(reference, thinker, omni):
     loaded = Thinker.from_pretrained(omni)
     ours, theirs = inputs_of("video with sound", reference)
