@@ -1503,6 +1503,8 @@ def main(arguments=None):
     parser.add_argument("--out", default="out/data", help="show: folder of the two files; mini: data root to be made")
     a = parser.parse_args(arguments)
     _, splits, folder = DATASETS[a.bench]
+    if a.split not in (None, *splits):
+        parser.error(f"unknown split of {a.bench}: {a.split} (known: {', '.join(splits)})")
     root = dataset_root(a.bench, a.data_root, roots_given(a))
     try:
         if a.action == "mini":

@@ -614,6 +614,7 @@ def run_bench(a):
     samples = [sample for split in splits for sample in open_real(a.bench, split, root)][:a.limit]
     os.makedirs(a.out, exist_ok=True)
     if a.predictions is None:
+        claim(a)
         if world > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=7))           # only to wait for each other at the end
         if a.device == "cuda":
@@ -635,6 +636,18 @@ def run_bench(a):
     if a.zip:
         print(f"packed: {zip_predictions(a.bench, predictions)}")
     print(f"written: {a.out}/results.json")
+
+
+def claim(a):
+    """Notes in OUT/run.json whose predictions are there, as they are never made twice. Raises BadInput where they are another's."""
+    path = os.path.join(a.out, "run.json")
+    ours = dict(bench=a.bench, policy=os.path.realpath(a.policy), system2=a.system2, sam2_weights=os.path.realpath(a.sam2_weights))
+    theirs = read_json(path) if os.path.exists(path) else ours
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise BadInput(f"{a.out} holds predictions with {key} {theirs.get(key)}, not {value}: give another --out")
+    write(ours, f"{path}{PARTIAL}{os.getpid()}")
+    os.replace(f"{path}{PARTIAL}{os.getpid()}", path)            # whole at any time, as all processes do this
 
 
 def predict(a, samples, rank):

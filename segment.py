@@ -68,7 +68,7 @@ def plugged(path):
 
         def boxes(image: PIL.Image, description: str) -> list of (x1, y1, x2, y2) in pixels of the image, corners inside
 
-    Raises FileNotFoundError without the file, ValueError without the function; the call, for any other value."""
+    Raises FileNotFoundError without the file, BadInput without the function; the call, TypeError for any other value."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no such file of a grounder: {path}")
     spec = importlib.util.spec_from_file_location("grounder", path)
@@ -87,7 +87,7 @@ def plugged(path):
         except (TypeError, ValueError):
             rows = None
         if rows is None or not all(len(b) == 4 and np.isfinite(b).all() and b[0] <= b[2] and b[1] <= b[3] for b in rows):
-            raise BadInput(f"boxes() of {path} returned {str(found)[:80]}, not a list of (x1, y1, x2, y2)")
+            raise TypeError(f"boxes() of {path} returned {str(found)[:80]}, not a list of (x1, y1, x2, y2)")
         return rows
     return boxes
 

@@ -2000,7 +2000,7 @@ def test_any_file_can_ground(tmp_path):
 def test_what_a_plugged_function_returns_is_checked(tmp_path, result):
     path = tmp_path / "mine.py"
     path.write_text(f"def boxes(image, description):\n    return {result}\n")
-    with pytest.raises(ValueError, match=r"boxes\(\) of .*mine.py returned .*, not a list of \(x1, y1, x2, y2\)"):
+    with pytest.raises(TypeError, match=r"boxes\(\) of .*mine.py returned .*, not a list of \(x1, y1, x2, y2\)"):
         plugged(str(path))(Image.new("RGB", (40, 30)), "dog")
 
 
@@ -3018,6 +3018,17 @@ def test_an_evaluation_goes_on_where_it_was_cut_off_and_scores_what_others_predi
     assert others["summary"] == whole["summary"]
     shutil.rmtree(prediction_folder(tmp_path / "a", sample))
     assert evaluate_here(tmp_path / "b", *common, "--predictions", tmp_path / "a")["missing"] == 1
+
+
+def test_predictions_of_another_run_are_not_taken_for_ones_own(data_root, tmp_path, capsys):
+    common = ["--bench", "revos", "--data_root", data_root, "--limit", 2]
+    evaluate_here(tmp_path, *common)
+    shutil.copytree(TOY_POLICY, tmp_path / "other")
+    for arguments, named in ((["--bench", "mevis", *common[2:]], "bench revos, not mevis"), ([*common, "--policy", tmp_path / "other"], "other")):
+        with pytest.raises(SystemExit) as stop:
+            evaluate_here(tmp_path, *arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and named in error and str(tmp_path) in error
 
 
 def test_processes_share_an_evaluation(data_root, tmp_path):
