@@ -567,12 +567,14 @@ class Processor:
         """Inputs of a prompt with one video of T frames and, where there is one, its sound interleaved."""
         height, width = self._resized(frames[0].size, self.video_tokens)
         pixels = torch.stack([_resize(frames[t], height, width) for t in range(len(frames))])    # [T, 3, h, w]
-        return self._inputs(messages, pixels, self.pair / fps, None if sound is None else self._mel(sound))
+        return self._inputs(messages, *self._patches(pixels), self.pair / fps, None if sound is None else self._mel(sound))
 
-    def image_inputs(self, messages, image, sound=None):
-        """Inputs of a prompt with one PIL picture, and a sound apart; `scale` maps boxes back to the picture's own pixels."""
+    def image_inputs(self, messages, image, sound=None, like=None):
+        """Inputs of a prompt with one PIL picture, and a sound apart; `scale` maps boxes back to the picture's own pixels.
+        like: Inputs of the same picture, whose patches these share, so that the vision tower sees them once."""
         height, width = self._resized(image.size, self.image_tokens)
-        inputs = self._inputs(messages, _resize(image, height, width)[None], 1.0, None if sound is None else self._mel(sound))
+        patches, grid = (like.patches, like.grid) if like else self._patches(_resize(image, height, width)[None])
+        inputs = self._inputs(messages, patches, grid, 1.0, None if sound is None else self._mel(sound))
         inputs.scale = (image.size[0] / width, image.size[1] / height)
         return inputs
 
@@ -607,11 +609,10 @@ class Processor:
         mel = out["input_features"][0][:, out["attention_mask"][0].bool()]
         return mel if mel.shape[1] >= 3 else None                # the audio tower halves twice: fewer leave no token
 
-    def _inputs(self, messages, pixels, seconds, mel):
+    def _inputs(self, messages, patches, grid, seconds, mel):
         """Inputs of text with at most one image or video and one sound. A sound that the messages give no place of its own
         is that of the video. `seconds` is the time that a temporal patch lasts."""
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        patches, grid = (None, None) if pixels is None else self._patches(pixels)
         pieces = MEDIA.split(text)                                                          # text and media take turns
         ids, positions, start = [], [], 0
         for place, piece in enumerate(pieces):
@@ -1364,7 +1365,7 @@ def read_clip(source, item, rng):
         pictures = [clip.frames[t] for t in range(len(clip.frames))]
         return replace(clip, frames=Frames(pictures.__getitem__, range(len(pictures))))
     except (OSError, BadInput) as error:
-        blank = Frames(lambda t: Image.new("RGB", (56, 56)), [0])
+        blank = Frames([Image.new("RGB", (56, 56))].__getitem__, [0])
         truth = dict(box=(0, 0, 1, 1), points=[[0, 0], [1, 1]], type="free-form", options=[], solution="")
         return Clip("blank", blank, "", masks=np.zeros((1, 1, 56, 56), bool), task=source.task, truth=truth, fault=str(error))
 

@@ -38,7 +38,8 @@ from data import BadInput, check_policy_folder, one_line, read_json, reading
 VISION_PATCHES = 65536  # patches that the vision tower sees at once: bounds its activations (0.9 GB for an MLP of the 7B)
 PREFILL_TOKENS = 32768  # padded prompt tokens computed at once before generation: bounds its activations
 HEAD_TOKENS = 512  # tokens whose logits exist at once: 512 x 152064 x 4 B = 311 MB
-FINISH_CHECK = 8  # decode steps between two looks at whether every row has ended
+FINISH_CHECK = 8  # decode steps between two looks at which rows have ended
+SHORTEST_SPAN = 128  # own tokens that a recorded step looks at, doubled whenever they are full
 
 
 @dataclass
@@ -98,34 +99,53 @@ class SharedPrefix:
 
 
 class Cache:
-    """Keys and values for n rows of each of B prompts. A prompt's prefix is kept once, whatever n is."""
+    """Keys and values for n rows of each of B prompts. A prompt's prefix is kept once, whatever n is. What changes at every token
+    is told by tensors (length, ahead), so that a step can be recorded."""
 
     def __init__(self, lengths: list[int], n: int, room: int, config, like: Tensor):
         """lengths: prefix tokens of each prompt; room: tokens a row may grow to; config: the language model's; like:
         any tensor of the dtype and device wanted."""
-        self.n, self.length = n, 0
+        self.n, self.span = n, 0
         B, P, L, K = len(lengths), max(lengths), config.num_hidden_layers, config.num_key_value_heads
         d = config.hidden_size // config.num_attention_heads
         # Zeros, not empty: what lies beyond a prompt's end gets weight 0, and 0 times a stray NaN would be NaN.
         self.prefix = like.new_zeros(L, 2, B, K, P, d)
-        self.own = like.new_empty(L, 2, B, K, n, room, d)
+        self.own = like.new_zeros(L, 2, B, K, n, room, d)
+        self.length = torch.zeros(1, dtype=torch.int64, device=like.device)  # tokens of every row
+        self.ahead = torch.ones(room, dtype=torch.bool, device=like.device)  # places of a row that are still empty
         beyond = torch.arange(P) >= torch.tensor(lengths)[:, None]  # (B, P)
         self.beyond = beyond.to(like.device)[:, None, None]  # (B, 1, 1, P)
+
+    def advance(self, length: int, recorded: bool) -> bool:
+        """Makes place for one more token after `length`. Returns whether more places are looked at than before: just those
+        that are full, or where steps are recorded, and each change costs a recording, the next power of two."""
+        self.length.fill_(length)
+        self.ahead[length] = False
+        before, needed = self.span, length + 1
+        if needed > before:
+            self.span = min(len(self.ahead), max(SHORTEST_SPAN, 1 << length.bit_length())) if recorded else needed
+        return self.span > before
+
+    def keep(self, rows: Tensor) -> None:
+        """Forgets all but the rows (B, m) of each prompt."""
+        self.n = rows.shape[1]
+        self.own = self.own.take_along_dim(rows[None, None, :, None, :, None, None], dim=4)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One new token per row: q (B n, H, d), k and v (B n, K, d) -> (B n, H, d)."""
         (prefix_k, prefix_v), own = self.prefix[layer], self.own[layer]  # (B, K, P, d), (2, B, K, n, room, d)
         B, K, P, d = prefix_k.shape
         q = q.view(B, self.n, K, -1, d).transpose(1, 2)  # (B, K, n, r, d)
-        own[:, :, :, :, self.length] = torch.stack([k, v]).view(2, B, self.n, K, d).transpose(2, 3)  # the cache grows
-        own_k, own_v = own[:, :, :, :, :self.length + 1]  # (B, K, n, c, d)
+        new = torch.stack([k, v]).view(2, B, self.n, K, 1, d).transpose(2, 3)  # (2, B, K, n, 1, d)
+        own.index_copy_(4, self.length, new)  # the cache grows
+        own_k, own_v = own[:, :, :, :, :self.span]  # (B, K, n, c, d)
 
         # The queries of all n rows are folded into one matrix, so that the prefix is read once and not n times.
         to_prefix = similarity(q.flatten(2, 3), prefix_k)  # (B, K, n r, P)
         to_prefix = to_prefix.masked_fill_(self.beyond, -torch.inf).unflatten(2, (self.n, -1))  # (B, K, n, r, P)
-        to_own = similarity(q, own_k)  # (B, K, n, r, c)
+        to_own = similarity(q, own_k).masked_fill_(self.ahead[:self.span], -torch.inf)  # (B, K, n, r, c)
         weights = torch.cat([to_prefix, to_own], dim=-1).softmax(-1).to(q.dtype)
-        on_prefix, on_own = weights.split([P, self.length + 1], dim=-1)
+        on_prefix, on_own = weights.split([P, self.span], dim=-1)
         out = (on_prefix.flatten(2, 3) @ prefix_v).view(q.shape) + on_own @ own_v  # (B, K, n, r, d)
         return out.transpose(1, 2).reshape(B * self.n, -1, d)
 
@@ -169,7 +189,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout, layer: int) -> Tensor:
         q, k, v = (f(x).unflatten(1, (-1, self.head_width)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        out = layout.attend(layer, rotate(q, rope), rotate(k, rope), v)  # (N, H, d)
+        q, k = rotate(torch.cat([q, k], dim=1), rope).split([q.shape[1], k.shape[1]], dim=1)
+        out = layout.attend(layer, q, k, v)  # (N, H, d)
         return self.o_proj(out.flatten(1))
 
 
@@ -274,15 +295,36 @@ def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter(-1, order, ranked)
 
 
-def sample(logits: Tensor, generators: list[torch.Generator], temperature: float, top_k: int, top_p: float) -> Tensor:
-    """One token for each row of logits (B n, V) -> (B n,). Row groups draw from their own prompt's generator."""
+def sample(logits: Tensor, generators: list[torch.Generator], n: int, rows: Tensor, temperature: float, top_k: int,
+           top_p: float) -> Tensor:
+    """One token for each row of logits (R, V) -> (R,). Each of B prompts' generators draws for all its n rows, of which
+    `rows` (R,) are left: what they draw does not depend on who has left."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = truncate((logits / temperature).softmax(-1), top_k, top_p)
     # A race: token i arrives after Exp(1) / p_i, and is the first with probability p_i. Unlike a multinomial draw it
     # needs no look at the numbers from the CPU.
-    races = [torch.empty_like(p).exponential_(generator=g) for p, g in zip(probs.chunk(len(generators)), generators)]
-    return (probs / torch.cat(races)).argmax(-1)
+    races = [probs.new_empty(n, probs.shape[1]).exponential_(generator=g) for g in generators]
+    return (probs / torch.cat(races)[rows]).argmax(-1)
+
+
+class Recorded:
+    """A function of tensors whose kernels are recorded (a CUDA graph) and then launched all at once: one by one, the launches
+    for a token of the 7B take longer than the work. What is no tensor stays as it was at the recording."""
+
+    def __init__(self, function, *arguments: Tensor):
+        self.arguments, self.graph = [x.clone() for x in arguments], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads, NCCL's, may go on
+            self.result = function(*self.arguments)
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        for place, x in zip(self.arguments, arguments):
+            place.copy_(x)
+        self.graph.replay()
+        return self.result
+
+
+RECORDERS = {"cuda": Recorded}  # by kind of device; on others a step is simply computed
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------
@@ -351,16 +393,17 @@ class Thinker(nn.Module):
         return prompts
 
     def see(self, inputs: list) -> list[Tensor]:
-        """Vision features of each prompt, [(tokens, D)]; patches merge by squares, frames by pairs."""
-        given = [x for x in inputs if x.patches is not None]
+        """Vision features of each prompt, [(tokens, D)]; patches merge by squares, frames by pairs. Prompts that share their
+        patches share the features."""
         merged = self.config.vision_config.spatial_merge_size ** 2
-        counts = [0 if x.patches is None else len(x.patches) // merged for x in inputs]
-        features = [torch.empty(0, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)]
+        features = {id(None): torch.empty(0, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)}
+        given = list({id(x.patches): x for x in inputs if x.patches is not None}.values())
         for part in in_batches(given, [len(x.patches) for x in given], VISION_PATCHES):
             patches = torch.cat([x.patches for x in part]).to(self.device, self.dtype)
             grid = torch.cat([x.grid for x in part]).to(self.device)
-            features.append(self.visual(patches, grid_thw=grid).pooler_output)
-        return torch.cat(features).split(counts)
+            seen = self.visual(patches, grid_thw=grid).pooler_output.split([len(x.patches) // merged for x in part])
+            features |= {id(x.patches): feature for x, feature in zip(part, seen)}
+        return [features[id(x.patches)] for x in inputs]
 
     def hear(self, inputs: list) -> list[Tensor]:
         """Sound features of each prompt, [(tokens, D)]; a convolution and a pooling halve the mel frames each."""
@@ -442,23 +485,39 @@ class Thinker(nn.Module):
         """
         seeds = torch.randint(2 ** 62, (len(prompts),)).tolist() if seeds is None else seeds
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        cache = self.prefill(prompts, n, max_new_tokens)
         suppressed, eos = self.suppressed, torch.tensor(sorted(eos_ids), device=self.device)
+        cache, recorder = self.prefill(prompts, n, max_new_tokens), RECORDERS.get(self.device.type)
+
+        def step(tokens: Tensor, positions: Tensor) -> Tensor:
+            """The next token of R rows, (R,), and its positions (3, R) -> logits (R, V) of the one after it."""
+            hidden = self.model(self.model.embed_tokens(tokens), positions, cache)  # (R, D)
+            return head_logits(hidden, self.lm_head.weight, suppressed)
+
         positions = torch.stack([p.row_positions(max_new_tokens) for p in prompts], dim=1)  # (3, B, C)
-        positions = positions.repeat_interleave(n, dim=1)  # (3, B n, C)
-        tokens = torch.stack([p.ids[-1] for p in prompts]).repeat_interleave(n)  # (B n,)
-        ended, drawn = torch.zeros_like(tokens, dtype=torch.bool), []
-        while len(drawn) < max_new_tokens:
-            hidden = self.model(self.model.embed_tokens(tokens), positions[:, :, cache.length], cache)  # (B n, D)
-            cache.length += 1
-            logits = head_logits(hidden, self.lm_head.weight, suppressed)  # (B n, V)
-            tokens = sample(logits, generators, temperature, top_k, top_p)
-            drawn.append(tokens)
+        rows = torch.arange(len(prompts) * n, device=self.device).view(-1, n)  # (B, m): those not yet left, R = B m
+        tokens = torch.stack([p.ids[-1] for p in prompts])[:, None].expand_as(rows)  # (B, m)
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        drawn = rows.new_zeros(rows.numel(), max_new_tokens)  # (B n, C)
+        run, stale = step, True
+        for c in range(max_new_tokens):
+            stale |= cache.advance(c, recorder is not None)
+            now = tokens.flatten(), positions[:, :, c].repeat_interleave(cache.n, dim=1)
+            if recorder and stale and c:  # the first step goes unrecorded: libraries set themselves up in it
+                run, stale = recorder(step, *now), False
+            tokens = sample(run(*now), generators, n, rows.flatten(), temperature, top_k, top_p).view_as(rows)
+            drawn[rows, c] = tokens
             ended |= torch.isin(tokens, eos)
-            if len(drawn) % FINISH_CHECK == 0 and ended.all():  # the only wait for the device in this loop
+            if (c + 1) % FINISH_CHECK:
+                continue
+            left = int((~ended).sum(1).max())  # the only wait for the device in this loop
+            if left == 0:
                 break
-        drawn = torch.stack(drawn, dim=1).cpu()  # (B n, C)
-        completions = [row[:first_end(row.tolist(), eos_ids)] for row in drawn]
+            if left <= cache.n // 2:  # ended rows leave, as far as all prompts can keep equally many
+                staying = ended.int().argsort(dim=1, stable=True)[:, :left]  # (B, left)
+                cache.keep(staying)
+                rows, tokens, ended = (x.gather(1, staying) for x in (rows, tokens, ended))
+                stale = True
+        completions = [row[:first_end(row.tolist(), eos_ids)] for row in drawn[:, :c + 1].cpu()]
         return [completions[i:i + n] for i in range(0, len(completions), n)]
 
     def prefill(self, prompts: list[Prompt], n: int, room: int) -> Cache:

@@ -56,7 +56,10 @@ def ground(system2, processor, clips, chosen, max_new_tokens=128):
     if isfunction(system2):
         answers = [(system2(clips[i].frames[t], what), (1.0, 1.0)) for i, t, what in wanted]
     else:
-        inputs = [processor.image_inputs(grounding_prompt(what), clips[i].frames[t]) for i, t, what in wanted]
+        inputs, first = [], {}                                   # what is described several ways is still seen once
+        for i, t, what in wanted:
+            inputs.append(processor.image_inputs(grounding_prompt(what), clips[i].frames[t], like=first.get((i, t))))
+            first.setdefault((i, t), inputs[-1])
         rows = system2.generate(system2.embed(inputs), 1, max_new_tokens, eos_ids=processor.eos_ids, temperature=0.0)
         answers = [(parse_boxes(processor.decode(ids)), x.scale) for x, (ids,) in zip(inputs, rows)]
     found = {key: [to_source(box, scale, clips[key[0]].size) for box in boxes] for key, (boxes, scale) in zip(wanted, answers)}

@@ -31,6 +31,7 @@ from pycocotools import mask as coco
 from safetensors.torch import load_file, save_file
 from sam2 import sam2_video_predictor
 from scipy.io import wavfile
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import (
     AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor)
@@ -49,8 +50,8 @@ from eval import (
     score_predictions, score_reasonseg, score_revos, score_sample, score_table, write_davis, write_prediction, zip_predictions)
 from grpo import (
     Stopwatch, Systems, accumulate_gradients, collect, group_advantages, kl_divergence, policy_loss, reward_terms, total_rewards)
-from model import Cache, Prefill, Prompt, Rows, Thinker, head_logits, in_batches, prefill_batches, read_config, sample, \
-    token_logprobs, truncate
+from model import Cache, Prefill, Prompt, Recorded, Rows, Thinker, \
+    head_logits, in_batches, prefill_batches, read_config, sample, token_logprobs, truncate
 from rewards import (
     TERMS, WEIGHTS, avs_reward, box_iou, combine, format_reward, image_rewards, length_bonus, mask_box, question_reward, vos_rewards)
 from segment import Lookout, TOY_POLICY, TOY_SAM2, Tracker, build_sam2, find_config, frames_to_ground, ground, plugged, segment, to_source, track_group
@@ -2273,7 +2274,7 @@ def slow_generate(thinker, prompt, n, steps, temperature, top_p, top_k, seed):
     ended = torch.zeros(n, dtype=torch.bool)
     for _ in range(steps):
         logits = torch.stack([full_logits(thinker, prompt, F.pad(row, (0, 1)))[-1] for row in rows])
-        tokens = sample(logits, [generator], temperature, top_k, top_p)
+        tokens = sample(logits, [generator], n, torch.arange(n), temperature, top_k, top_p)
         rows, ended = torch.cat([rows, tokens[:, None]], dim=1), ended | (tokens == EOS)
     return [row[:row.tolist().index(EOS) + 1] if EOS in row else row for row in rows]
 
@@ -2319,9 +2320,40 @@ def test_decoding_is_as_exact_in_bf16_as_one_pass_of_attention():
     q, k, v = (x.bfloat16() for x in (q, k, v))
     cache = Cache([P], 1, 4, config, like=q)
     Prefill(1, cache, [0]).attend(0, q[:P], k[:P], v[:P])
+    cache.advance(0, recorded=False)
     decoded = cache.attend(0, q[P:], k[P:], v[P:]).float()
     true, once = (Rows(1).attend(0, *(x.to(dtype) for x in (q, k, v)))[P:].float() for dtype in (torch.float32, torch.bfloat16))
     assert (decoded - true).norm() < 1.5 * (once - true).norm() + 1e-3 * true.norm()
+
+
+class Traced(Recorded):
+    """A recording without a GPU: the operations of one call, in which everything but the arguments is a constant, a number as it
+    was and a tensor as the place where it lies."""
+
+    def __init__(self, function, *arguments):
+        recordings.append(self)
+        self.arguments = [x.clone() for x in arguments]
+        trace = make_fx(lambda: function(*self.arguments))()
+        self.result = trace().clone()
+        self.graph = SimpleNamespace(replay=lambda: self.result.copy_(trace()))
+
+
+recordings = []
+
+
+@torch.no_grad()
+def test_a_recorded_step_gives_the_same_tokens(reference, thinker, monkeypatch):
+    prompts = prompts_of(thinker, reference, ["text", "video with sound", "image"])
+    options = dict(eos_ids={EOS, 11, 12, 13}, temperature=1.3, seeds=[5, 6, 7])
+    wanted = thinker.generate(prompts, 6, 40, **options)
+    assert min(len(row) for group in wanted for row in group) < 16 < max(len(row) for group in wanted for row in group)
+    monkeypatch.setattr(model_file, "SHORTEST_SPAN", 16)
+    monkeypatch.setitem(model_file.RECORDERS, "cpu", Traced)
+    recordings.clear()
+    found = thinker.generate(prompts, 6, 40, **options)
+    assert [[row.tolist() for row in group] for group in found] == [[row.tolist() for row in group] for group in wanted]
+    rows = [len(recording.arguments[0]) for recording in recordings]
+    assert len(rows) >= 3 and rows == sorted(rows, reverse=True) and rows[0] == 18 and rows[-1] < 18     # some have left
 
 
 @torch.no_grad()
