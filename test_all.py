@@ -3252,7 +3252,7 @@ def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch, cap
 
 
 # --------------------------------------------------------------------------------------------- many processes, nothing lost
-TINY = ("--device cpu --threads 1 --dtype float32 --batch 4 --group 2 --max_new_tokens 16 --consistency 0 --plot_every 1000").split()
+TINY = "--device cpu --threads 1 --dtype float32 --batch 2 --updates 1 --group 2 --max_new_tokens 16 --consistency 0".split()
 
 
 @pytest.fixture(scope="module")
@@ -3273,6 +3273,7 @@ def trainer(rank, world, nodes, folder, runs, setup):
     os.chdir(folder)
     printed = os.open(f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(printed, 1), os.dup2(printed, 2)
+    train.plot = nothing_else                                  # takes longer than a step
     setup(rank)
     for port, arguments in runs:
         if world > 1:
@@ -3288,22 +3289,22 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def nothing_else(rank):
+def nothing_else(_):
     pass
 
 
 def start(server, folder, *runs, world=1, nodes=1, setup=nothing_else):
     """Processes that train: runs are strings of settings, beside TINY."""
     runs = [(free_port(), [*TINY, *arguments.split()]) for arguments in runs]
-    processes = [server.Process(target=trainer, args=(rank, world, nodes, folder, runs, setup)) for rank in range(world)]
+    processes = [server.Process(target=trainer, args=(rank, world, nodes, folder, runs, setup), daemon=True) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
 
 
-def finish(processes, codes=None):
+def finish(processes, codes=None, seconds=120):
     for process in processes:
-        process.join(120)
+        process.join(seconds)
     assert [process.exitcode for process in processes] == (codes or [0] * len(processes))
 
 
@@ -3345,6 +3346,11 @@ def same_training(folder, one, other, start=TOY_POLICY, tolerance=1e-4):
     assert moved > 0 and apart < 10 * tolerance * moved, (moved, apart)
 
 
+def as_restarted(_):
+    """torchrun starts killed workers again as they were started first, and says so."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+
 SIX = "--steps 6 --save_every 3 --name"
 
 
@@ -3363,7 +3369,7 @@ def test_three_steps_a_kill_and_three_more_are_six_steps_bit_for_bit(server, str
     wait_for(lambda: log_lines(straight, f"killed{world}") > 4)
     kill(processes)
     assert not (straight / f"out/killed{world}/policy").exists()
-    finish(start(server, straight, f"{SIX} killed{world}", world=world))
+    finish(start(server, straight, f"{SIX} killed{world} --overwrite true", world=world, setup=as_restarted))
     assert "continues at step 3 from out/killed" in (straight / "0.txt").read_text()
     assert outcome(straight, f"killed{world}") == outcome(straight, f"straight{world}")
     same_training(straight, "straight1", f"killed{world}")
@@ -3443,15 +3449,15 @@ def test_a_full_disk_leaves_the_old_checkpoint(limit, tmp_path, monkeypatch, cap
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (line,) = re.findall("error: .*", capfd.readouterr().err)
-    assert stop.value.code == 1 and "cannot save out/full/step-000002: " in line and "File too large" in line
-    assert sorted(path.name for path in (tmp_path / "out/full").iterdir() if path.is_dir()) == ["phases", "policy", "step-000001"]
+    assert stop.value.code == 1 and re.search("cannot save out/full/step-000002, where .* GB are free: ", line)
+    assert {path.name for path in (tmp_path / "out/full").iterdir() if path.is_dir()} - {"phases"} == {"policy", "step-000001"}
     train.main([*once, "2"])
     assert "continues at step 1 from out/full/step-000001" in capfd.readouterr().out and len(outcome(tmp_path, "full")[0]) == 2
 
 
 def test_one_full_disk_ends_all_processes(server, straight):
     finish(start(server, straight, "--steps 2 --save_every 1 --name fuller", world=2, setup=small_files), [1, 1])
-    assert [len(re.findall("error: cannot save out/fuller/step-000001: .*File too large", (straight / f"{rank}.txt").read_text()))
+    assert [len(re.findall("error: cannot save out/fuller/step-000001, where .* GB are free: ", (straight / f"{rank}.txt").read_text()))
             for rank in range(2)] == [1, 0]
     assert not list((straight / "out/fuller").glob("*-*"))
 
@@ -3487,7 +3493,10 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def survives_a_killed_worker(folder, world):
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_torchrun_restarts_a_killed_worker(straight, world):
+    folder = straight
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(free_port()),
                "--max_restarts", "3", ROOT / "train.py", *TINY, *SIX.split(), f"restarted{world}", "--overwrite", "true"]
     with open(folder / "torchrun.txt", "w") as printed:
@@ -3497,15 +3506,6 @@ def survives_a_killed_worker(folder, world):
     assert torchrun.wait(120) == 0
     assert "continues at step 3" in (folder / "torchrun.txt").read_text()
     assert outcome(folder, f"restarted{world}") == outcome(folder, f"straight{world}")
-
-
-def test_torchrun_restarts_a_killed_worker(straight):
-    survives_a_killed_worker(straight, 1)
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_two_workers_of_which_one_was_killed(straight):
-    survives_a_killed_worker(straight, 2)
 
 
 @pytest.mark.slow
@@ -3532,17 +3532,21 @@ def use_mixed_sources(rank):
 
 
 VARIANTS = [
-    "--accumulate 2 --updates 2 --ratio sequence --average token --kl k2 --skip_equal true", "--accumulate 2 --average constant --scale_by_std false",
-    *(pytest.param(row, marks=pytest.mark.slow) for row in (
-        "", "--accumulate 2", "--updates 2", "--updates 2 --ratio sequence", "--average token", "--average constant", "--kl k1", "--kl k2",
-        "--scale_by_std false", "--skip_equal true", "--skip_equal true --average token --accumulate 2",
-        "--accumulate 2 --updates 2 --average token --clip_high 0.28 --skip_equal true", "--beta 0 --updates 2", "--batch 8"))]
+    ["--accumulate 2 --updates 2 --ratio sequence --average token --kl k2 --skip_equal true",
+     "--accumulate 2 --average constant --scale_by_std false"],
+    pytest.param(["", "--accumulate 2", "--updates 2", "--updates 2 --ratio sequence", "--average token", "--average constant", "--kl k1",
+                  "--kl k2", "--scale_by_std false", "--skip_equal true", "--skip_equal true --average token --accumulate 2",
+                  "--accumulate 2 --updates 2 --average token --clip_high 0.28 --skip_equal true", "--beta 0 --updates 2", "--batch 8"],
+                 marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_any_number_of_processes_trains_alike(server, tmp_path, variant):
+@pytest.mark.parametrize("variants", VARIANTS, ids=["two", "all"])
+def test_any_number_of_processes_trains_alike(server, tmp_path, variants):
     shapes = dict(one=(1, 1), two=(2, 1), four=(4, 1), nodes=(4, 2))                   # name: processes, nodes
     for name, (world, nodes) in shapes.items():
-        finish(start(server, tmp_path, f"--steps 3 {variant} --name {name}", world=world, nodes=nodes, setup=use_mixed_sources))
-    for name in list(shapes)[1:]:
-        same_training(tmp_path, "one", name)
+        runs = [f"--steps 3 --batch 4 --max_new_tokens 12 {variant} --name {name}{i}" for i, variant in enumerate(variants)]
+        finish(start(server, tmp_path, *runs, world=world, nodes=nodes, setup=use_mixed_sources), seconds=900)
+    for name, i in itertools.product(list(shapes)[1:], range(len(variants))):
+        same_training(tmp_path, f"one{i}", f"{name}{i}")
+    steps = [row for i in range(len(variants)) for row in outcome(tmp_path, f"one{i}")[0]]
+    assert any(row["broken"] for row in steps) and any(0 < row["equal_groups"] < 1 for row in steps)

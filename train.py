@@ -194,7 +194,7 @@ def shard(thinker, dtype, device, hybrid=True):
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     shape = (world // local, local) if hybrid and local < world else (world,)       # (nodes, processes of a node), or flat
-    mesh = init_device_mesh(device.type, shape)                         # untold, it would be of GPUs where there are any
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("nodes", "local")[-len(shape):])     # untold: of GPUs, if any
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     for layer in thinker.model.layers:
@@ -562,8 +562,9 @@ def save(systems, path, run, rank, world, optimizer=None):
     if any(problems):
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            tqdm.write(f"error: cannot save {path}: {next(filter(None, problems))}; earlier checkpoints stay, and the same "
-                       f"command continues from the newest", file=sys.stderr)
+            free = shutil.disk_usage(os.path.dirname(path)).free / 1e9             # torch does not say that a disk is full
+            tqdm.write(f"error: cannot save {path}, where {free:.2f} GB are free: {next(filter(None, problems))}; earlier "
+                       f"checkpoints stay, and the same command continues from the newest", file=sys.stderr)
         sys.exit(1)
     if rank == 0:
         shutil.rmtree(path, ignore_errors=True)                # the policy of fewer steps
