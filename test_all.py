@@ -3436,7 +3436,7 @@ def small_files(rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 
 
-@pytest.mark.parametrize("limit", [2_000_000, 7_000_000])      # too little for the policy's file, and for the state's only
+@pytest.mark.parametrize("limit", [2_000_000, pytest.param(7_000_000, marks=pytest.mark.slow)])        # for both files, for the state only
 def test_a_full_disk_leaves_the_old_checkpoint(limit, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     once = [*TINY, "--batch", "1", "--name", "full", "--save_every", "1", "--steps"]
@@ -3544,7 +3544,7 @@ VARIANTS = [
 def test_any_number_of_processes_trains_alike(server, tmp_path, variants):
     shapes = dict(one=(1, 1), two=(2, 1), four=(4, 1), nodes=(4, 2))                   # name: processes, nodes
     for name, (world, nodes) in shapes.items():
-        runs = [f"--steps 3 --batch 4 --max_new_tokens 12 {variant} --name {name}{i}" for i, variant in enumerate(variants)]
+        runs = [f"--steps 3 --batch 4 --max_new_tokens 24 {variant} --name {name}{i}" for i, variant in enumerate(variants)]
         finish(start(server, tmp_path, *runs, world=world, nodes=nodes, setup=use_mixed_sources), seconds=900)
     for name, i in itertools.product(list(shapes)[1:], range(len(variants))):
         same_training(tmp_path, f"one{i}", f"{name}{i}")

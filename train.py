@@ -193,7 +193,7 @@ def shard(thinker, dtype, device, hybrid=True):
     towers = {p for tower in (thinker.visual, thinker.audio_tower) for p in tower.parameters()}
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    shape = (world // local, local) if hybrid and local < world else (world,)       # (nodes, processes of a node), or flat
+    shape = (world // local, local) if hybrid and 1 < local < world else (world,)   # (nodes, processes of a node), or flat
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("nodes", "local")[-len(shape):])     # untold: of GPUs, if any
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=False)
@@ -292,7 +292,7 @@ def train(settings, rank, world, device, watch):
     policy = systems.policy
     optimizer = start_optimizer(policy, settings)
     if checkpoint:
-        restore(checkpoint, policy, optimizer, rank, earlier["processes"] == world)
+        restore(checkpoint, policy, optimizer, rank, (earlier["processes"], earlier["settings"]["device"]) == (world, settings.device))
     run = identity(settings, world)
     log = start_log(out, settings, run, dropped, checkpoint) if rank == 0 else None
     if rank == 0:
@@ -333,7 +333,6 @@ def train(settings, rank, world, device, watch):
             if rank == 0:
                 print(f"told to end (SIGTERM): {step + 1} steps are done and saved in {path}; the same command continues there")
             return
-    watch.phase = "saving"
     save(systems, os.path.join(out, "policy"), run | dict(step=settings.steps, unfit=unfit), rank, world)
     if rank == 0:
         print(f"trained policy: {out}/policy   curves: {out}/curves.png   log: {out}/metrics.jsonl")
@@ -520,11 +519,11 @@ def training_state(policy, optimizer, rank):
                 optimizer={name: optimizer.state[p] for name, p in weights.items()})
 
 
-def restore(checkpoint, policy, optimizer, rank, as_many):
-    """Brings policy and optimizer to where they were. as_many: whether there are as many processes as when it was saved; of
-    others no random states are known."""
+def restore(checkpoint, policy, optimizer, rank, alike):
+    """Brings policy and optimizer to where they were. alike: whether processes and device are those that saved it; of others no
+    random states are known."""
     state = training_state(policy, optimizer, rank)
-    random = state["random"] if as_many else state.pop("random")
+    random = state["random"] if alike else state.pop("random")
     dcp.load(state, checkpoint_id=checkpoint / "state")
     torch.set_rng_state(random[f"cpu-{rank}"])
     if f"cuda-{rank}" in random:
@@ -558,7 +557,7 @@ def save(systems, path, run, rank, world, optimizer=None):
         except dcp.api.CheckpointException as error:           # on every process, whichever had it
             problem = problem or next(iter(error.failures.values()))[0]
     problems = [None] * world
-    dist.all_gather_object(problems, problem and one_line(problem))                 # waits for all
+    dist.all_gather_object(problems, problem and one_line(problem))         # waits for all
     if any(problems):
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
