@@ -292,7 +292,8 @@ def train(settings, rank, world, device, watch):
     policy = systems.policy
     optimizer = start_optimizer(policy, settings)
     if checkpoint:
-        restore(checkpoint, policy, optimizer, rank, (earlier["processes"], earlier["settings"]["device"]) == (world, settings.device))
+        alike = earlier["processes"] == world and earlier["settings"]["device"] == settings.device
+        restore(checkpoint, policy, optimizer, rank, alike)
     run = identity(settings, world)
     log = start_log(out, settings, run, dropped, checkpoint) if rank == 0 else None
     if rank == 0:
