@@ -9,10 +9,15 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import pickle
 import random
 import re
+import resource
 import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -3123,11 +3128,11 @@ def test_without_a_learning_rate_nothing_is_learned(tmp_path, monkeypatch):
 
 
 OUT_OF_LIMITS = dict(
-    **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "plot_every"), [0]),
+    **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep", "plot_every"), [0]),
     **dict.fromkeys(("seed", "warmup", "top_k", "threads"), [-1]),
     **dict.fromkeys(("lr", "weight_decay", "beta", "clip_high"), [-0.1, math.inf, math.nan]),
     **dict.fromkeys(("keyframe", "saliency", "alignment", "consistency"), [-math.inf, math.nan]),
-    **dict.fromkeys(("temperature", "clip_norm"), [0.0, math.inf, math.nan]),
+    **dict.fromkeys(("temperature", "clip_norm", "timeout_minutes"), [0.0, math.inf, math.nan]),
     group=[1], top_p=[0.0, 1.1, math.nan], clip_low=[-0.1, 1.1, math.nan], name=["", ".", "..", "a/b", "/a", "a/"],
     device=["tpu", "cuda:1", *["cuda"] * (not torch.cuda.is_available())])
 
@@ -3136,7 +3141,7 @@ OUT_OF_LIMITS = dict(
     (["train.py", "--learning_rate", "1"], "--learning_rate"), (["train.py", "--lr", "fast"], "fast"),
     (["train.py", "--policy", "nowhere"], "nowhere"), (["train.py", "--sam2_weights", "nowhere.pt"], "nowhere"),
     (["train.py", "--data", "coco"], "coco"), (["train.py", "--kl", "k4"], "k4"),
-    (["train.py", "--name", "earlier"], "out/earlier/metrics.jsonl"),
+    (["train.py", "--name", "earlier", "--resume", "never"], "out/earlier/metrics.jsonl"),
     (["train.py", "--name", "own", "--policy", "out/own/step-000100"], "out/own"),
     *((["train.py", f"--{name}={value}"], f"--{name} {value}: must be ")
       for name, values in OUT_OF_LIMITS.items() for value in values),
@@ -3276,3 +3281,304 @@ def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch, cap
     with pytest.raises(ZeroDivisionError):
         evaluation.main(arguments)
     assert len(json.loads((tmp_path / "results.json").read_text())["clips"]) == 1
+
+
+# --------------------------------------------------------------------------------------------- many processes, nothing lost
+TINY = "--device cpu --threads 1 --dtype float32 --batch 2 --updates 1 --group 2 --max_new_tokens 16 --consistency 0".split()
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts processes that have everything imported already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["test_all"])
+        context.Process(target=int).start()
+        return context
+
+
+def trainer(rank, world, nodes, folder, runs, setup):
+    """One training process as torchrun would start it, for one run after another; what it prints goes to FOLDER/RANK.txt.
+    runs: [(port, arguments)]."""
+    os.chdir(folder)
+    printed = os.open(f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(printed, 1), os.dup2(printed, 2)
+    train.plot = nothing_else                                  # takes longer than a step
+    setup(rank)
+    for port, arguments in runs:
+        if world > 1:
+            local = world // nodes
+            torchrun = dict(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=rank % local, LOCAL_WORLD_SIZE=local, MASTER_PORT=port)
+            os.environ.update({k: str(v) for k, v in torchrun.items()}, MASTER_ADDR="127.0.0.1")
+        train.main(arguments)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def nothing_else(_):
+    pass
+
+
+def start(server, folder, *runs, world=1, nodes=1, setup=nothing_else):
+    """Processes that train: runs are strings of settings, beside TINY."""
+    runs = [(free_port(), [*TINY, *arguments.split()]) for arguments in runs]
+    processes = [server.Process(target=trainer, args=(rank, world, nodes, folder, runs, setup), daemon=True) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes, codes=None, seconds=120):
+    for process in processes:
+        process.join(seconds)
+    assert [process.exitcode for process in processes] == (codes or [0] * len(processes))
+
+
+def outcome(folder, name):
+    """(rows of the log without what differs from run to run, bytes of the trained weights)."""
+    rows = [json.loads(line) for line in open(folder / f"out/{name}/metrics.jsonl")]
+    assert [row["step"] for row in rows] == list(range(len(rows)))                     # no gaps, no doubled steps
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "memory_gb")} for row in rows]
+    return rows, (folder / f"out/{name}/policy/model.safetensors").read_bytes()
+
+
+def wait_for(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def kill(processes):
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def log_lines(folder, name):
+    log = folder / f"out/{name}/metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def same_training(folder, one, other, start=TOY_POLICY, tolerance=1e-4):
+    """Whether two runs were the same up to the order of summation: every number of the log, and how the weights moved."""
+    rows, others = outcome(folder, one)[0], outcome(folder, other)[0]
+    for a, b in zip(rows, others, strict=True):
+        assert a == pytest.approx(b, rel=tolerance, abs=2e-5)
+    start, one, other = (load_file(Path(path) / "model.safetensors") for path in (
+        start, folder / f"out/{one}/policy", folder / f"out/{other}/policy"))
+    moved, apart = (math.sqrt(sum(((a[k].double() - b[k].double()) ** 2).sum() for k in start)) for a, b in ((one, start), (one, other)))
+    assert moved > 0 and apart < 10 * tolerance * moved, (moved, apart)
+
+
+def as_restarted(_):
+    """torchrun starts killed workers again as they were started first, and says so."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+
+SIX = "--steps 6 --save_every 3 --name"
+
+
+@pytest.fixture(scope="module")
+def straight(server, tmp_path_factory):
+    """A folder with six steps at one go, by 1 process (out/straight1) and by 2 (out/straight2)."""
+    folder = tmp_path_factory.mktemp("straight")
+    for world in (1, 2):
+        finish(start(server, folder, f"{SIX} straight{world}", world=world))
+    return folder
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_three_steps_a_kill_and_three_more_are_six_steps_bit_for_bit(server, straight, world):
+    processes = start(server, straight, f"{SIX} killed{world}", world=world)
+    wait_for(lambda: log_lines(straight, f"killed{world}") > 4)
+    kill(processes)
+    assert not (straight / f"out/killed{world}/policy").exists()
+    finish(start(server, straight, f"{SIX} killed{world} --overwrite true", world=world, setup=as_restarted))
+    assert "continues at step 3 from out/killed" in (straight / "0.txt").read_text()
+    assert outcome(straight, f"killed{world}") == outcome(straight, f"straight{world}")
+    same_training(straight, "straight1", f"killed{world}")
+
+
+def test_told_to_end_a_run_saves_and_goes_on_with_another_number_of_processes(server, straight):
+    processes = start(server, straight, "--steps 6 --name told", world=2)
+    wait_for(lambda: log_lines(straight, "told") > 1)
+    os.kill(processes[1].pid, signal.SIGTERM)                  # one of them is enough
+    finish(processes)
+    done = log_lines(straight, "told")
+    assert 2 <= done < 6 and f"{done} steps are done and saved in out/told/step-{done:06d}" in (straight / "0.txt").read_text()
+    finish(start(server, straight, "--steps 6 --name told"))
+    same_training(straight, "straight1", "told")
+
+
+def die_while_saving(rank):
+    """Dies in the middle of the second checkpoint, the state written, the rest of it not yet under its name."""
+    whole, times = train.dcp.save, itertools.count(1)
+
+    def save(*arguments, **more):
+        whole(*arguments, **more)
+        if next(times) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    train.dcp.save = save
+
+
+def test_a_run_killed_at_any_moment_goes_on_from_a_complete_checkpoint(server, straight):
+    finish(start(server, straight, "--steps 6 --save_every 1 --name moments", setup=die_while_saving), [-signal.SIGKILL])
+    assert (straight / "out/moments/step-000002.partial").exists()
+    processes = start(server, straight, "--steps 6 --save_every 1 --name moments")
+    wait_for(lambda: (straight / "out/moments/step-000003").exists())
+    time.sleep(random.random())
+    kill(processes)
+    finish(start(server, straight, "--steps 6 --save_every 1 --name moments"))
+    assert sorted(path.name for path in (straight / "out/moments").glob("step-*")) == ["step-000005", "step-000006"]     # kept: 2
+    assert outcome(straight, "moments") == outcome(straight, "straight1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_killed_at_twenty_random_moments(server, straight, world):
+    settings, name, kills, partial = "--steps 6 --save_every 1 --name", f"twenty{world}", 0, 0
+    rng = random.Random(world)
+    while kills < 20:
+        processes = start(server, straight, f"{settings} {name}", world=world)
+        processes[0].join(rng.uniform(1.5, 6.0))
+        if processes[0].exitcode == 0:                         # it got to the end: once more from the start
+            finish(processes)
+            assert outcome(straight, name) == outcome(straight, f"straight{world}")
+            shutil.rmtree(straight / f"out/{name}")
+            continue
+        kill(processes)
+        kills += 1
+        partial += any((straight / f"out/{name}").glob("*.partial"))
+    finish(start(server, straight, f"{settings} {name}", world=world))
+    assert outcome(straight, name) == outcome(straight, f"straight{world}")
+    print(f"{partial} of 20 kills fell into the writing of a checkpoint")
+
+
+def small_files(rank):
+    """The last process's files may not grow beyond 2 MB, as if its disk were full."""
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+
+@pytest.mark.parametrize("limit", [2_000_000, pytest.param(7_000_000, marks=pytest.mark.slow)])        # for both files, for the state only
+def test_a_full_disk_leaves_the_old_checkpoint(limit, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    once = [*TINY, "--batch", "1", "--name", "full", "--save_every", "1", "--steps"]
+    train.main([*once, "1"])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train.main([*once, "2"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (line,) = re.findall("error: .*", capfd.readouterr().err)
+    assert stop.value.code == 1 and re.search("cannot save out/full/step-000002, where .* GB are free: ", line)
+    assert {path.name for path in (tmp_path / "out/full").iterdir() if path.is_dir()} - {"phases"} == {"policy", "step-000001"}
+    train.main([*once, "2"])
+    assert "continues at step 1 from out/full/step-000001" in capfd.readouterr().out and len(outcome(tmp_path, "full")[0]) == 2
+
+
+def test_one_full_disk_ends_all_processes(server, straight):
+    finish(start(server, straight, "--steps 2 --save_every 1 --name fuller", world=2, setup=small_files), [1, 1])
+    assert [len(re.findall("error: cannot save out/fuller/step-000001, where .* GB are free: ", (straight / f"{rank}.txt").read_text()))
+            for rank in range(2)] == [1, 0]
+    assert not list((straight / "out/fuller").glob("*-*"))
+
+
+def test_another_run_is_not_continued_and_a_finished_one_not_repeated(straight, monkeypatch, capsys):
+    monkeypatch.chdir(straight)
+    for more, line in (("--lr 0.5 --kl k1", "--lr 0.0007 -> 0.5, --kl k3 -> k1"), ("--resume never", "out/straight1/metrics.jsonl")):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*TINY, *SIX.split(), "straight1", *more.split()])
+        assert stop.value.code == 2 and line in capsys.readouterr().err
+    train.main([*TINY, *SIX.split(), "straight1", "--keep", "5", "--steps", "4"])
+    assert "out/straight1 is finished: 6 steps" in capsys.readouterr().out
+
+
+def hang(rank):
+    """The second process falls asleep while it reads the second step's clips."""
+    whole = train.draw
+
+    def draw(sources, step, *more):
+        if rank == 1 and step == 1:
+            time.sleep(100)
+        return whole(sources, step, *more)
+    train.draw = draw
+
+
+def test_a_time_out_names_process_and_phase(server, straight):
+    processes = start(server, straight, "--steps 2 --timeout_minutes 0.1 --name hung", world=2, setup=hang)
+    finish(processes, [1, 1])
+    assert "rank 1 (of 2) has been in data of step 1 for 0.1 minutes; the others: rank 0 rollout of step 1" in (straight / "1.txt").read_text()
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_torchrun_restarts_a_killed_worker(straight, world):
+    folder = straight
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(free_port()),
+               "--max_restarts", "3", ROOT / "train.py", *TINY, *SIX.split(), f"restarted{world}", "--overwrite", "true"]
+    with open(folder / "torchrun.txt", "w") as printed:
+        torchrun = subprocess.Popen(command, cwd=folder, stdout=printed, stderr=printed)
+    wait_for(lambda: log_lines(folder, f"restarted{world}") > 3)
+    os.kill(children(torchrun.pid)[-1], signal.SIGKILL)
+    assert torchrun.wait(120) == 0
+    assert "continues at step 3" in (folder / "torchrun.txt").read_text()
+    assert outcome(folder, f"restarted{world}") == outcome(folder, f"straight{world}")
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_processes_each(straight):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+               "--rdzv_id", "nodes", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", ROOT / "train.py", *TINY, *SIX.split(), "nodes"]
+    nodes = [subprocess.Popen(command, cwd=straight, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [node.wait(300) for node in nodes] == [0, 0]
+    same_training(straight, "straight1", "nodes")
+
+
+def mixed_sources(*_):
+    """Eight clips, every other one without sound, one of them broken: each step draws all of them."""
+    def read(item, rng):
+        if item == 5:
+            raise BadInput("broken on purpose")
+        clip = toy_clip("train", item)
+        return replace(clip, sound=None) if item % 2 else clip
+    return (Source("vos", range(8), read),), []
+
+
+def use_mixed_sources(rank):
+    train.training_sources = mixed_sources
+
+
+VARIANTS = [
+    ["--accumulate 2 --updates 2 --ratio sequence --average token --kl k2 --skip_equal true",
+     "--accumulate 2 --average constant --scale_by_std false"],
+    pytest.param(["", "--accumulate 2", "--updates 2", "--updates 2 --ratio sequence", "--average token", "--average constant", "--kl k1",
+                  "--kl k2", "--scale_by_std false", "--skip_equal true", "--skip_equal true --average token --accumulate 2",
+                  "--accumulate 2 --updates 2 --average token --clip_high 0.28 --skip_equal true", "--beta 0 --updates 2", "--batch 8"],
+                 marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("variants", VARIANTS, ids=["two", "all"])
+def test_any_number_of_processes_trains_alike(server, tmp_path, variants):
+    shapes = dict(one=(1, 1), two=(2, 1), four=(4, 1), nodes=(4, 2))                   # name: processes, nodes
+    for name, (world, nodes) in shapes.items():
+        runs = [f"--steps 3 --batch 4 --max_new_tokens 24 {variant} --name {name}{i}" for i, variant in enumerate(variants)]
+        finish(start(server, tmp_path, *runs, world=world, nodes=nodes, setup=use_mixed_sources), seconds=900)
+    for name, i in itertools.product(list(shapes)[1:], range(len(variants))):
+        same_training(tmp_path, f"one{i}", f"{name}{i}")
+    steps = [row for i in range(len(variants)) for row in outcome(tmp_path, f"one{i}")[0]]
+    assert any(row["broken"] for row in steps) and any(0 < row["equal_groups"] < 1 for row in steps)

@@ -8,6 +8,7 @@
 Settings come from three places, later ones win: the defaults below (as published, for the 7B), `training.json` in the policy's
 directory if there is one, and `--name value` on the command line.
 Writes out/NAME/: settings.json, metrics.jsonl (a line a step), curves.png, step-000100/ ... and policy/ (checkpoints).
+The same command again continues a run that was cut off, from its newest checkpoint, with any number of processes.
 """
 import argparse
 import dataclasses
@@ -15,22 +16,28 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from data import FOLDERS, BadInput, Parser, Processor, add_roots, epoch_length, epoch_plan, fail, read_clip, read_json, \
-    training_sources
+from data import FOLDERS, BadInput, Parser, Processor, add_roots, epoch_length, epoch_plan, fail, one_line, read_clip, \
+    read_json, training_sources
 from grpo import Stopwatch, Systems, accumulate_gradients, collect, equal_rewards, left_out
 from model import Thinker
 from segment import TOY_POLICY, TOY_SAM2, Tracker, find_config
@@ -47,6 +54,8 @@ class Settings:
     # What is trained on what
     name: str = setting("run", "of the run; everything is written to out/NAME")
     overwrite: bool = setting(False, "whether an earlier run of that name is replaced")
+    resume: str = setting("auto", "auto: a run of that name that was cut off is continued; never: the name must be new",
+                          choices=["auto", "never"])
     policy: str = setting(TOY_POLICY, "directory of a Thinker or a full Qwen2.5-Omni; its copy is reference and System 2")
     sam2: str = setting("", "SAM2 config, a yaml file or a name inside the package sam2; empty: told by the weights' name")
     sam2_weights: str = setting(TOY_SAM2, "SAM2 weights, a .pt file")
@@ -92,9 +101,17 @@ class Settings:
     dtype: str = setting("bfloat16", "of computation; sharded weights and optimizer are float32", choices=["bfloat16", "float32"])
     checkpointing: bool = setting(True, "whether activations are computed again in the backward pass")
     threads: int = setting(0, "CPU threads of a process; 0: as torch chooses")
+    hybrid: bool = setting(True, "whether, on several nodes, each holds all weights, sharded over its own GPUs only")
+    timeout_minutes: float = setting(30.0, "longest phase of a step; a process that takes longer says where it is, and ends")
     # Output
     save_every: int = setting(200, "steps between checkpoints")
+    keep: int = setting(2, "newest checkpoints that are kept")
     plot_every: int = setting(20, "steps between drawings of curves.png")
+
+
+# What may be another when a run is continued; by any other setting it would be another run.
+FREE = {"name", "overwrite", "resume", "steps", "device", "threads", "hybrid", "timeout_minutes", "save_every", "keep",
+        "plot_every"}
 
 
 def no_less_than(least):
@@ -102,10 +119,11 @@ def no_less_than(least):
 
 
 LIMITS = {  # setting -> (test, what it must be); nan passes none
-    **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "plot_every"), no_less_than(1)),
+    **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep", "plot_every"),
+                    no_less_than(1)),
     **dict.fromkeys(("seed", "lr", "warmup", "weight_decay", "top_k", "beta", "clip_high", "threads"), no_less_than(0)),
     **dict.fromkeys(("keyframe", "saliency", "alignment", "consistency"), (math.isfinite, "finite")),
-    **dict.fromkeys(("temperature", "clip_norm"), (lambda value: 0 < value < math.inf, "above 0 and finite")),
+    **dict.fromkeys(("temperature", "clip_norm", "timeout_minutes"), (lambda value: 0 < value < math.inf, "above 0 and finite")),
     "group": no_less_than(2),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "clip_low": (lambda value: 0 <= value <= 1, "from 0 to 1"),
@@ -154,24 +172,29 @@ def _boolean(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 # ---------------------------------------------------------------------------------------------------------------------
-def start_processes(device):
-    """Joins torchrun's processes, or starts a group of one -> (rank, number of processes, this process's device)."""
+def start_processes(device, minutes=30.0):
+    """Joins torchrun's processes, or starts a group of one -> (rank, number of processes, this process's device). Who waits for
+    another gives up after twice `minutes`: `guard` knows more, and comes first."""
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(minutes=2 * minutes))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
-def shard(thinker, dtype, device):
+def shard(thinker, dtype, device, hybrid=True):
     """Shards the language model's weights over all processes (FSDP2): float32 at rest, `dtype` in computation. The frozen
-    towers stay whole on every process, outside, so that a clip without sound cannot make the others wait."""
+    towers stay whole on every process, outside, so that a clip without sound cannot make the others wait. hybrid: on several
+    nodes each holds all shards, so that only gradients, added up once a step, pass between nodes."""
     towers = {p for tower in (thinker.visual, thinker.audio_tower) for p in tower.parameters()}
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))      # untold, it would be of GPUs where there are any
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    shape = (world // local, local) if hybrid and 1 < local < world else (world,)   # (nodes, processes of a node), or flat
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("nodes", "local")[-len(shape):])     # untold: of GPUs, if any
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     for layer in thinker.model.layers:
@@ -188,6 +211,48 @@ def sums_over_processes(values, device):
     return dict(zip(values, numbers.tolist()))
 
 
+@dataclass
+class Watch(Stopwatch):
+    """A Stopwatch that lasts a run and tells which phase is running, and whether the process was told to end (SIGTERM)."""
+    step: int = 0
+    phase: str = "start"
+    told: bool = False
+
+    def begin(self, step):
+        self.step, self.phase, self.seconds, self.last = step, "data", {}, time.perf_counter()
+
+    def lap(self, phase):
+        super().lap(phase)
+        self.phase = NEXT[phase]
+
+
+NEXT = dict(data="rollout", rollout="grounding", grounding="masks", masks="rewards", rewards="data", update="saving")
+
+
+@contextmanager
+def guard(watch, out, minutes, rank, world):
+    """Ends this process with a line when a phase lasts longer than `minutes`: somebody hangs, and the others wait for him without
+    a word. Where each process is, it writes to OUT/phases/RANK, for the line of whoever is first: often the one that hangs."""
+    over, folder = threading.Event(), Path(out, "phases")
+
+    def look():
+        while not over.wait(min(10.0, 6 * minutes)):
+            with suppress(OSError):                            # a full disk is not what this is about
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / str(rank)).write_text(f"{watch.phase} of step {watch.step}")
+            if time.perf_counter() - watch.last > 60 * minutes:
+                with suppress(OSError):
+                    others = [f"rank {r} {(folder / str(r)).read_text()}" for r in range(world) if r != rank]
+                print(f"error: rank {rank} (of {world}) has been in {watch.phase} of step {watch.step} for {minutes:g} minutes; "
+                      f"the others: {', '.join(others) or 'none'}", file=sys.stderr, flush=True)
+                os._exit(1)                                    # the main thread may be waiting where no exception reaches it
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,39 +260,56 @@ def main(arguments=None):
     settings = read_settings(arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    rank, world, device = start_processes(settings.device)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):   # torchrun's --max_restarts: on with the run just begun
+        settings = dataclasses.replace(settings, overwrite=False, resume="auto")
+    rank, world, device = start_processes(settings.device, settings.timeout_minutes)
+    watch = Watch()
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(watch, "told", True))
     try:
-        train(settings, rank, world, device)
+        with guard(watch, os.path.join("out", settings.name), settings.timeout_minutes, rank, world):
+            train(settings, rank, world, device, watch)
     except (OSError, BadInput) as error:                       # anything else is a bug and keeps its traceback
         sys.exit(fail(error))
     finally:
+        signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
 
 
-def train(settings, rank, world, device):
+def train(settings, rank, world, device, watch):
     if settings.batch % world:
         raise BadInput(f"--batch {settings.batch} cannot be shared by {world} processes; take a multiple")
     out = os.path.join("out", settings.name)
     check_place(out, settings)
-    dist.barrier()                                             # nobody opens the log before all have looked
+    checkpoint, earlier = find_checkpoint(out, settings)
+    dist.barrier()                                             # nobody writes before all have looked
+    start, unfit = earlier["step"], earlier["unfit"]           # unfit: steps in a row with a non-finite gradient
+    if checkpoint and checkpoint.name == "policy":
+        if rank == 0:
+            print(f"{out} is finished: {start} steps. To go on, a larger --steps; to begin anew, --overwrite true")
+        return
     sources, dropped = training_sources(settings.data, settings.data_root, settings.roots, settings.seed)
     systems = load_systems(settings, device)
     policy = systems.policy
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay)
-    log = start_log(out, settings, world, dropped) if rank == 0 else None
+    optimizer = start_optimizer(policy, settings)
+    if checkpoint:
+        alike = earlier["processes"] == world and earlier["settings"]["device"] == settings.device
+        restore(checkpoint, policy, optimizer, rank, alike)
+    run = identity(settings, world)
+    log = start_log(out, settings, run, dropped, checkpoint) if rank == 0 else None
     if rank == 0:
+        if checkpoint:
+            print(f"continues at step {start} from {checkpoint}")
         print(f"an epoch: {epoch_length(sources, settings.batch * settings.accumulate)} steps")
-    bar = tqdm(range(settings.steps), desc=settings.name, disable=rank != 0, mininterval=1.0)
-    unfit = 0                                                  # steps in a row with a non-finite gradient
+    bar = tqdm(range(start, settings.steps), settings.name, settings.steps, initial=start, disable=rank != 0, mininterval=1.0)
     for step in bar:
-        watch = Stopwatch()
+        watch.begin(step)
         for p in optimizer.param_groups:
             p["lr"] = settings.lr * schedule(step, settings)
         groups = []
         for part in range(settings.accumulate):
             clips, seeds = draw(sources, step, part, settings, rank, world)                           # 1
             groups += collect(systems, clips, seeds, settings, watch)                                 # 2 to 7
+        watch.phase = "update"
         sums, norm, skipped = update(systems, optimizer, groups, settings, world, device)             # 8
         watch.lap("update")
         row = metrics(step, groups, sums, norm, skipped, watch, optimizer, device)
@@ -241,9 +323,18 @@ def train(settings, rank, world, device):
         if unfit == PATIENCE:                                  # the same on every process
             bar.close()
             sys.exit(f"error: step {step}: the {PATIENCE}th step in a row with a non-finite gradient; see {out}/metrics.jsonl")
-        if (step + 1) % settings.save_every == 0:
-            save(systems, os.path.join(out, f"step-{step + 1:06d}"), rank)
-    save(systems, os.path.join(out, "policy"), rank)
+        told = sums_over_processes(dict(told=watch.told), device)["told"] > 0 and step + 1 < settings.steps
+        if told or (step + 1) % settings.save_every == 0:
+            path = os.path.join(out, f"step-{step + 1:06d}")
+            save(systems, path, run | dict(step=step + 1, unfit=unfit), rank, world, optimizer)
+            if rank == 0:
+                remove_old(out, settings.keep)
+        if told:
+            bar.close()
+            if rank == 0:
+                print(f"told to end (SIGTERM): {step + 1} steps are done and saved in {path}; the same command continues there")
+            return
+    save(systems, os.path.join(out, "policy"), run | dict(step=settings.steps, unfit=unfit), rank, world)
     if rank == 0:
         print(f"trained policy: {out}/policy   curves: {out}/curves.png   log: {out}/metrics.jsonl")
 
@@ -257,8 +348,17 @@ def load_systems(settings, device):
     reference = Thinker.from_pretrained(settings.policy, dtype, device).requires_grad_(False)
     policy.visual, policy.audio_tower = reference.visual, reference.audio_tower
     policy.gradient_checkpointing = settings.checkpointing
-    shard(policy, dtype, device)
+    shard(policy, dtype, device, settings.hybrid)
     return Systems(policy, reference, processor, tracker)
+
+
+def start_optimizer(policy, settings):
+    """AdamW with its state laid out as it would do itself in its first step, so that there always is one to save and to load."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay)
+    for p in trained:
+        optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return optimizer
 
 
 def draw(sources, step, part, settings, rank, world):
@@ -346,46 +446,136 @@ def peak_memory(device):
 def check_place(out, settings):
     """Raises BadInput where the run would destroy an earlier one, or, replacing it, its own policy."""
     log = os.path.join(out, "metrics.jsonl")
-    if os.path.exists(log) and not settings.overwrite:
-        raise BadInput(f"{log} is the log of an earlier run; give another --name, or --overwrite true")
+    if os.path.exists(log) and settings.resume == "never" and not settings.overwrite:
+        raise BadInput(f"{log} is the log of an earlier run; give another --name, --resume auto, or --overwrite true")
     if Path(out).resolve() in Path(settings.policy).resolve().parents:
         raise BadInput(f"--policy {settings.policy} lies in {out}, where the run would replace it; give another --name")
 
 
-def start_log(out, settings, world, dropped):
-    """Prints and saves the run's identity, and what is left out of the data; opens metrics.jsonl. What is overwritten loses its
-    checkpoints."""
-    os.makedirs(out, exist_ok=True)
-    if settings.overwrite:
-        for old in Path(out).glob("step-*"):
-            shutil.rmtree(old)
+def identity(settings, world):
+    """What a run is: its settings and what it runs on."""
     revision = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"],
                               capture_output=True, text=True)
-    identity = dict(settings=dataclasses.asdict(settings), processes=world, revision=revision.stdout.strip(),
-                    torch=torch.__version__, transformers=version("transformers"), sam2=version("sam2"),
-                    started=time.strftime("%Y-%m-%d %H:%M:%S"))
+    return dict(settings=dataclasses.asdict(settings), processes=world, revision=revision.stdout.strip(),
+                torch=torch.__version__, transformers=version("transformers"), sam2=version("sam2"),
+                started=time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+def start_log(out, settings, run, dropped, checkpoint):
+    """Prints and saves the run's identity, and what is left out of the data; opens metrics.jsonl, which goes on from the
+    checkpoint's, so without gaps or doubled steps. What is overwritten loses its checkpoints."""
+    os.makedirs(out, exist_ok=True)
+    old = [*Path(out).glob("policy"), *Path(out).glob("step-*")] if settings.overwrite else []
+    for folder in old + list(Path(out).glob("*.partial")):     # partial: cut off while it was written or removed
+        shutil.rmtree(folder)
     with open(os.path.join(out, "settings.json"), "w") as file:
-        json.dump(identity, file, indent=1)
-    print("\n".join(f"{k}: {v}" for k, v in identity["settings"].items()))
+        json.dump(run, file, indent=1)
+    print("\n".join(f"{k}: {v}" for k, v in run["settings"].items()))
     if dropped:
         with open(os.path.join(out, "left_out.txt"), "w") as file:
             file.writelines(f"{line}\n" for line in dropped)
         print(f"{len(dropped)} samples are left out of the training data, the first: {dropped[0]} (all: {out}/left_out.txt)")
-    return open(os.path.join(out, "metrics.jsonl"), "w")
+    log = os.path.join(out, "metrics.jsonl")
+    if checkpoint is None:
+        return open(log, "w")
+    shutil.copy(checkpoint / "metrics.jsonl", f"{log}.new")
+    os.replace(f"{log}.new", log)
+    return open(log, "a")
 
 
-def save(systems, path, rank):
-    """A Thinker-only directory with everything needed to load it, in the reference's dtype. Weights are gathered from all
-    processes one by one; only rank 0 keeps them, in host memory."""
-    state = {}
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a policy's directory that --policy loads, and what continues the run, in the same folder:
+#     run.json        identity, step (where it goes on: data, seeds and learning rate follow from that), unfit
+#     metrics.jsonl   the log so far
+#     state/          trained weights in float32, AdamW's state and random states: every process writes its shards, and any
+#                     number of processes reads them
+# Each is written as NAME.partial and renamed when all is there: what has its name is complete.
+# ---------------------------------------------------------------------------------------------------------------------
+def find_checkpoint(out, settings):
+    """The run's newest checkpoint, policy/ where all steps are done -> (folder, its run.json), or (None, one of step 0). Raises
+    BadInput where it was trained with other settings."""
+    done = [path for path in Path(out).glob("policy/run.json") if read_json(path)["step"] >= settings.steps]
+    found = sorted(Path(out).glob("step-??????/run.json")) + done
+    if settings.overwrite or not found:
+        return None, dict(step=0, unfit=0)
+    folder, earlier = found[-1].parent, read_json(found[-1])
+    now = dataclasses.asdict(settings)
+    changed = {name: f"--{name} {old} -> {now[name]}" for name, old in earlier["settings"].items() if old != now.get(name, old)}
+    if changed.keys() - FREE:
+        raise BadInput(f"{folder} has other settings: {', '.join(changed[name] for name in changed if name not in FREE)}; "
+                       f"give another --name, or --overwrite true")
+    if "steps" in changed and dist.get_rank() == 0:
+        print(changed["steps"])
+    return folder, earlier
+
+
+def training_state(policy, optimizer, rank):
+    """All that training changes, in this process's shards; loading writes into these very tensors. Nothing here draws from the
+    global random states, but they are kept all the same."""
+    weights = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    random = {f"cpu-{rank}": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        random[f"cuda-{rank}"] = torch.cuda.get_rng_state()
+    return dict(policy={name: p.detach() for name, p in weights.items()}, random=random,
+                optimizer={name: optimizer.state[p] for name, p in weights.items()})
+
+
+def restore(checkpoint, policy, optimizer, rank, alike):
+    """Brings policy and optimizer to where they were. alike: whether processes and device are those that saved it; of others no
+    random states are known."""
+    state = training_state(policy, optimizer, rank)
+    random = state["random"] if alike else state.pop("random")
+    dcp.load(state, checkpoint_id=checkpoint / "state")
+    torch.set_rng_state(random[f"cpu-{rank}"])
+    if f"cuda-{rank}" in random:
+        torch.cuda.set_rng_state(random[f"cuda-{rank}"])
+
+
+def save(systems, path, run, rank, world, optimizer=None):
+    """A Thinker-only directory with everything needed to load it, in the reference's dtype, with an optimizer also what continues
+    the run. Weights are gathered from all processes one by one; only rank 0 keeps them, in host memory. Where anything cannot be
+    written, all processes end and nothing of it stays."""
+    weights, partial, problem = {}, f"{path}.partial", None
     for name, tensor in systems.policy.state_dict().items():
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if rank == 0:
-            state[name] = whole.to("cpu", systems.reference.dtype, copy=True)
+            weights[name] = whole.to("cpu", systems.reference.dtype, copy=True)
+    try:
+        if rank == 0:
+            systems.policy.save_pretrained(partial, weights)
+            systems.processor.save(partial)
+            Path(partial, "run.json").write_text(json.dumps(run, indent=1))
+            if optimizer is not None:
+                shutil.copy(os.path.join(os.path.dirname(path), "metrics.jsonl"), partial)
+            for file in filter(Path.is_file, Path(partial).iterdir()):         # a power cut could leave names without content
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+    except (OSError, SafetensorError) as error:
+        problem = error
+    if optimizer is not None:
+        try:
+            dcp.save(training_state(systems.policy, optimizer, rank), checkpoint_id=os.path.join(partial, "state"))
+        except dcp.api.CheckpointException as error:           # on every process, whichever had it
+            problem = problem or next(iter(error.failures.values()))[0]
+    problems = [None] * world
+    dist.all_gather_object(problems, problem and one_line(problem))         # waits for all
+    if any(problems):
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(os.path.dirname(path)).free / 1e9             # torch does not say that a disk is full
+            tqdm.write(f"error: cannot save {path}, where {free:.2f} GB are free: {next(filter(None, problems))}; earlier "
+                       f"checkpoints stay, and the same command continues from the newest", file=sys.stderr)
+        sys.exit(1)
     if rank == 0:
-        systems.policy.save_pretrained(path, state)
-        systems.processor.save(path)
+        shutil.rmtree(path, ignore_errors=True)                # the policy of fewer steps
+        os.rename(partial, path)
     dist.barrier()
+
+
+def remove_old(out, keep):
+    """Leaves the newest `keep` checkpoints."""
+    for old in sorted(Path(out).glob("step-??????"))[:-keep]:
+        shutil.rmtree(old.rename(f"{old}.partial"))            # never half of one under its name
 
 
 def plot(out):
