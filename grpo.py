@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import answer_text, is_null, prompt_inputs
+from data import answer_text, is_null
 from rewards import avs_reward, combine, format_reward, image_rewards, length_bonus, mask_box, question_reward, vos_rewards
 from segment import frames_to_ground, ground, track_group
 
@@ -128,13 +128,12 @@ class Stopwatch:
         self.last = now
 
 
-def collect(systems, clips, seeds, settings, watch):
-    """Steps 2 to 7 for B clips -> B Groups. seeds: one whole number per clip, from which its prompt's example times and its
-    samples follow, whatever else is in the batch."""
+def collect(systems, clips, inputs, seeds, settings, watch):
+    """Steps 2 to 7 for B clips -> B Groups. inputs: their prompts; seeds: one whole number per clip, from which its samples
+    follow, whatever else is in the batch."""
     # 2. roll out G completions for each clip
-    inputs = [prompt_inputs(systems.processor, clip, np.random.default_rng(seed)) for clip, seed in zip(clips, seeds)]
-    watch.lap("data")
     prompts = systems.reference.embed(inputs)        # the frozen towers run once, for rollout, policy and reference alike
+    watch.lap("towers")
     drawn = systems.policy.generate(prompts, settings.group, settings.max_new_tokens, eos_ids=systems.processor.eos_ids,
                                     temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, seeds=seeds)
     texts = [[systems.processor.decode(ids) for ids in group] for group in drawn]

@@ -2845,8 +2845,9 @@ def test_a_groups_masks_are_those_of_one_call_per_completion(systems):
 def test_collect_follows_the_paper_and_depends_on_nothing_but_clip_and_seed(systems):
     settings = train.read_settings(["--group", "4"])
     clips = [toy_clip("train", i) for i in (3, 4)]
-    groups = collect(systems, clips, [11, 12], settings, Stopwatch())
-    (alone,) = collect(systems, clips[1:], [12], settings, Stopwatch())
+    inputs = [prompt_inputs(systems.processor, clip, np.random.default_rng(seed)) for clip, seed in zip(clips, (11, 12))]
+    groups = collect(systems, clips, inputs, [11, 12], settings, Stopwatch())
+    (alone,) = collect(systems, clips[1:], inputs[1:], [12], settings, Stopwatch())
     assert alone.texts == groups[1].texts and np.allclose(alone.rewards, groups[1].rewards)
     for group in groups:
         assert len(group.texts) == len(group.terms) == 4 and group.mask.shape == group.completions.shape
@@ -2866,7 +2867,7 @@ def apart(systems):
             p.add_(0.05 * p.std() * torch.randn(p.shape, generator=generator) if p.ndim > 1 else 0)
     systems, settings = Systems(policy, systems.reference, systems.processor, systems.tracker), train.read_settings(["--group", "6"])
     clip = toy_clip("train", 3)
-    (group,) = collect(systems, [clip], [11], settings, Stopwatch())
+    (group,) = collect(systems, [clip], [prompt_inputs(systems.processor, clip, np.random.default_rng(11))], [11], settings, Stopwatch())
     return systems, settings, clip, group
 
 
@@ -2914,24 +2915,28 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine():
 
 def numbers(task, count, start=0):
     """A source whose items are numbers and whose clips are named after them."""
-    picture = Frames(lambda t: Image.new("RGB", (8, 8)), [0])
-    return Source(task, range(start, start + count), lambda item, rng: Clip(str(item), picture, str(rng.integers(9)), task=task))
+    picture = Frames([Image.new("RGB", (8, 8))].__getitem__, [0])
+    truth = dict(type="free-form", options=[], solution="")
+    return Source(task, range(start, start + count), lambda item, rng: Clip(str(item), picture, str(rng.integers(9)), task=task, truth=truth))
 
 
-def drawn(sources, steps, settings, world=1):
+def drawn(sources, steps, settings, world=1, start=0):
     """Names, tasks, queries and seeds of each step's clips, over all processes."""
-    found = []
-    for step in range(steps):
-        shares = [train.draw(sources, step, part, settings, rank, world)
-                  for part in range(settings.accumulate) for rank in range(world)]
-        found.append(sorted((clip.name, clip.task, clip.query, seed) for clips, seeds in shares for clip, seed in zip(clips, seeds)))
-    return found
+    processor = SimpleNamespace(video_inputs=lambda *_: None, image_inputs=lambda *_: None)
+    found = [[] for _ in range(steps)]
+    for rank in range(world):
+        loader = train.sample_loader(sources, processor, replace(settings, steps=steps), start, rank, world)
+        for i, (clip, _, seed) in enumerate(loader, start * settings.batch * settings.accumulate // world):
+            found[i * world // (settings.batch * settings.accumulate)].append((clip.name, clip.task, clip.query, seed))
+    return [sorted(step) for step in found]
 
 
 def test_an_epoch_draws_every_clip_once_whatever_the_number_of_processes():
-    settings = train.read_settings(["--batch", "4", "--seed", "5"])
+    settings = train.read_settings(["--batch", "4", "--seed", "5", "--workers", "0"])
     sources = (numbers("vos", 24),)
     steps = drawn(sources, 12, settings)
+    assert steps == drawn(sources, 12, replace(settings, workers=3))
+    assert steps[5:] == drawn(sources, 12, settings, start=5)[5:]                                        # a run continued
     first, second = ([name for step in steps[a:a + 6] for name, *_ in step] for a in (0, 6))
     assert sorted(first) == sorted(second) == sorted(map(str, range(24))) and first != second
     assert len({seed for step in steps for *_, seed in step}) == 48
@@ -2941,7 +2946,7 @@ def test_an_epoch_draws_every_clip_once_whatever_the_number_of_processes():
 
 
 def test_a_step_is_of_one_task_and_an_epoch_of_several_leaves_nothing_out():
-    settings = train.read_settings(["--batch", "4"])
+    settings = train.read_settings(["--batch", "4", "--workers", "0"])
     sources = (numbers("vos", 7), numbers("avs", 3, 100), numbers("vos", 4, 200), numbers("qa", 9, 300))
     assert epoch_length(sources, 4) == 3 + 1 + 3
     steps = drawn(sources, 7, settings)

@@ -34,14 +34,16 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import FOLDERS, BadInput, Parser, Processor, add_roots, epoch_length, epoch_plan, fail, one_line, read_clip, \
-    read_json, training_sources
+from data import FOLDERS, BadInput, Parser, Processor, add_roots, epoch_length, epoch_plan, fail, one_line, prompt_inputs, \
+    read_clip, read_json, training_sources
 from grpo import Stopwatch, Systems, accumulate_gradients, collect, equal_rewards, left_out
 from model import Thinker
 from segment import TOY_POLICY, TOY_SAM2, Tracker, find_config
 
+SHOWN = ("reward", "consistency", "kl", "decode_tokens_per_s", "update_tokens_per_s", "memory_gb")  # beside the bar
 PATIENCE = 5  # steps in a row with a non-finite gradient before a run gives up
 
 
@@ -101,6 +103,7 @@ class Settings:
     dtype: str = setting("bfloat16", "of computation; sharded weights and optimizer are float32", choices=["bfloat16", "float32"])
     checkpointing: bool = setting(True, "whether activations are computed again in the backward pass")
     threads: int = setting(0, "CPU threads of a process; 0: as torch chooses")
+    workers: int = setting(2, "processes, of each process, that read and prepare clips ahead of time; 0: it does so itself")
     hybrid: bool = setting(True, "whether, on several nodes, each holds all weights, sharded over its own GPUs only")
     timeout_minutes: float = setting(30.0, "longest phase of a step; a process that takes longer says where it is, and ends")
     # Output
@@ -110,7 +113,7 @@ class Settings:
 
 
 # What may be another when a run is continued; by any other setting it would be another run.
-FREE = {"name", "overwrite", "resume", "steps", "device", "threads", "hybrid", "timeout_minutes", "save_every", "keep",
+FREE = {"name", "overwrite", "resume", "steps", "device", "threads", "workers", "hybrid", "timeout_minutes", "save_every", "keep",
         "plot_every"}
 
 
@@ -121,7 +124,7 @@ def no_less_than(least):
 LIMITS = {  # setting -> (test, what it must be); nan passes none
     **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep", "plot_every"),
                     no_less_than(1)),
-    **dict.fromkeys(("seed", "lr", "warmup", "weight_decay", "top_k", "beta", "clip_high", "threads"), no_less_than(0)),
+    **dict.fromkeys(("seed", "lr", "warmup", "weight_decay", "top_k", "beta", "clip_high", "threads", "workers"), no_less_than(0)),
     **dict.fromkeys(("keyframe", "saliency", "alignment", "consistency"), (math.isfinite, "finite")),
     **dict.fromkeys(("temperature", "clip_norm", "timeout_minutes"), (lambda value: 0 < value < math.inf, "above 0 and finite")),
     "group": no_less_than(2),
@@ -226,7 +229,7 @@ class Watch(Stopwatch):
         self.phase = NEXT[phase]
 
 
-NEXT = dict(data="rollout", rollout="grounding", grounding="masks", masks="rewards", rewards="data", update="saving")
+NEXT = dict(data="towers", towers="rollout", rollout="grounding", grounding="masks", masks="rewards", rewards="data", update="saving")
 
 
 @contextmanager
@@ -301,22 +304,28 @@ def train(settings, rank, world, device, watch):
             print(f"continues at step {start} from {checkpoint}")
         print(f"an epoch: {epoch_length(sources, settings.batch * settings.accumulate)} steps")
     bar = tqdm(range(start, settings.steps), settings.name, settings.steps, initial=start, disable=rank != 0, mininterval=1.0)
+    samples = iter(sample_loader(sources, systems.processor, settings, start, rank, world))
     for step in bar:
         watch.begin(step)
         for p in optimizer.param_groups:
             p["lr"] = settings.lr * schedule(step, settings)
         groups = []
         for part in range(settings.accumulate):
-            clips, seeds = draw(sources, step, part, settings, rank, world)                           # 1
-            groups += collect(systems, clips, seeds, settings, watch)                                 # 2 to 7
+            clips, inputs, seeds = zip(*(next(samples) for _ in range(settings.batch // world)))      # 1
+            for clip in clips:
+                if clip.fault:
+                    tqdm.write(f"step {step}, left out: {clip.fault}", file=sys.stderr)
+            watch.lap("data")
+            groups += collect(systems, clips, inputs, seeds, settings, watch)                         # 2 to 7
         watch.phase = "update"
         sums, norm, skipped = update(systems, optimizer, groups, settings, world, device)             # 8
         watch.lap("update")
         row = metrics(step, groups, sums, norm, skipped, watch, optimizer, device)
+        row |= physics(groups, watch.seconds, systems, settings, device)
         if rank == 0:
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix({k: f"{row[k]:.3f}" for k in ("reward", "consistency", "kl") if k in row})
+            bar.set_postfix({k: f"{row[k]:.3g}" for k in SHOWN if k in row})
             if (step + 1) % settings.plot_every == 0 or step + 1 == settings.steps:
                 plot(out)
         unfit = unfit + 1 if skipped else 0
@@ -361,20 +370,37 @@ def start_optimizer(policy, settings):
     return optimizer
 
 
-def draw(sources, step, part, settings, rank, world):
-    """Step 1: this process's share of the clips of a step's rollout, and a seed for each that depends on nothing but its place in
-    the run. What cannot be read is named here, and counts for nothing."""
+@dataclass
+class Samples:
+    """Step 1: samples[i] is the i-th of the whole run, over all processes: a clip, its prompt's Inputs, and a seed. They follow
+    from the run's seed and i alone. A clip that cannot be read has a fault, and counts for nothing."""
+    sources: tuple
+    processor: Processor
+    settings: Settings
+
+    def __getitem__(self, i):
+        size, seed = self.settings.batch * self.settings.accumulate, self.settings.seed
+        step, place = divmod(i, size)
+        epoch, step = divmod(step, epoch_length(self.sources, size))
+        source, item = epoch_plan(self.sources, size, seed, epoch)[step][place]
+        seed = int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] >> 2)
+        clip = read_clip(source, item, np.random.default_rng([seed, 1]))
+        return clip, prompt_inputs(self.processor, clip, np.random.default_rng(seed)), seed
+
+
+def sample_loader(sources, processor, settings, start, rank, world):
+    """This process's samples from step `start` on, one after the other; its workers are about a step ahead."""
     size = settings.batch * settings.accumulate
-    length = epoch_length(sources, size)
-    plan = epoch_plan(sources, size, settings.seed, step // length)[step % length]
-    places = range(part * settings.batch + rank, (part + 1) * settings.batch, world)
-    seeds = [int(np.random.SeedSequence([settings.seed, step * size + place]).generate_state(1, np.uint64)[0] >> 2)
-             for place in places]
-    clips = [read_clip(*plan[place], np.random.default_rng([seed, 1])) for place, seed in zip(places, seeds)]
-    for clip in clips:
-        if clip.fault:
-            tqdm.write(f"step {step}, left out: {clip.fault}", file=sys.stderr)
-    return clips, seeds
+    places = range(start * size + rank, settings.steps * size, world)
+    ahead = max(2, -(-size // world // settings.workers)) if settings.workers else None     # samples that each worker holds
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"             # its threads do not outlive a fork, and warn of that
+    return DataLoader(Samples(sources, processor, settings), sampler=places, batch_size=None, collate_fn=lambda sample: sample,
+                      num_workers=settings.workers, prefetch_factor=ahead, worker_init_fn=one_thread)
+
+
+def one_thread(worker):
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)              # the handler is the training process's
 
 
 def schedule(step, settings):
@@ -430,6 +456,30 @@ def metrics(step, groups, sums, norm, skipped, watch, optimizer, device):
                gradient_norm=norm if math.isfinite(norm) else None, skipped=skipped,
                seconds=watch.seconds | dict(step=sum(watch.seconds.values())), memory_gb=peak_memory(device))
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+
+
+# Memory bandwidth (bytes a second) and dense bf16 arithmetic (operations a second), by a part of the GPU's name.
+LIMITS_OF = {"B200": (8.0e12, 2250e12), "H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 312e12),
+             "L40S": (0.86e12, 362e12), "4090": (1.0e12, 165e12)}
+
+
+def physics(groups, seconds, systems, settings, device):
+    """What this process's devices did in a step: tokens a second that were drawn (prefill included) and that went through the
+    update, and on GPUs of LIMITS_OF, what part of the device's limit that is."""
+    config = systems.reference.config.text_config
+    layers, head = (sum(p.numel() for p in part.parameters()) for part in (systems.reference.model.layers, systems.reference.lm_head))
+    drawn, steps, tokens, work = 0, 0, 0, 0.0
+    for group in groups:
+        P, (G, C) = len(group.prompt.ids) - 1, group.mask.shape
+        drawn, steps, tokens = drawn + int(group.mask.sum()), max(steps, C), tokens + P + G * C
+        pairs = P * P / 2 + G * C * (P + C / 2)                # of tokens that attend to one another
+        work += 6 * (layers * (P + G * C) + head * G * C) + 12 * config.num_hidden_layers * config.hidden_size * pairs
+    row = dict(decode_tokens_per_s=drawn / seconds["rollout"], update_tokens_per_s=tokens * settings.updates / seconds["update"])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for bandwidth, operations in (limit for part, limit in LIMITS_OF.items() if part in name):
+        read = (layers + head) * systems.reference.lm_head.weight.element_size() * steps * settings.accumulate
+        row |= dict(decode_bandwidth=read / seconds["rollout"] / bandwidth, update_mfu=work * settings.updates / seconds["update"] / operations)
+    return {k: round(v, 4) for k, v in row.items()}
 
 
 def peak_memory(device):
