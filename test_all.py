@@ -1090,6 +1090,8 @@ def test_parse_time(value, seconds):
     (block("00:01.40", "00:01.00"), True, []),            # swapped within one frame
     (block("00:01", "00:02.00"), False, []), (block(1.0, 2.0), False, []),
     (block("00:01.00", "00:02.00", " "), False, []), (block("00:01.00", "00:02.00", 3), False, []),
+    (block("00:01.00", "00:02.00", "..."), False, []), (block("00:01.00", "00:02.00", "\u200b"), False, []),
+    (block("00:01.00", "00:01.00", "狗"), True, [2]),
     ('{"start_time": "00:01.00", "end_time": "00:02.00"}', False, []),
     ('{ ' + block("00:01.00", "00:02.00"), False, [])])   # one block from the first brace: not JSON
 def test_one_moment(text, parsed, frames):
