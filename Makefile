@@ -1,4 +1,5 @@
-# make demo: train on the toy world and evaluate before and after.   make test: the tests.   Both set up .venv first.
+# make demo: train on the toy world and evaluate before and after.   make test: the tests.
+# make test-all: the slow ones as well.   All set up .venv first.
 PYTHON ?= python3
 PY = .venv/bin/python
 TOY ?= --clips 60
@@ -24,6 +25,9 @@ demo: .venv/installed
 	@echo "look at: out/demo/curves.png  out/demo/clip/overlay.webp  out/demo/after/results.json"
 
 test: .venv/installed
-	$(PY) -m pytest -q test_all.py
+	$(PY) -m pytest -q test_all.py -m "not slow"
 
-.PHONY: demo test
+test-all: .venv/installed
+	$(PY) -m pytest -q test_all.py -m "slow or not slow"
+
+.PHONY: demo test test-all

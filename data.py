@@ -741,6 +741,8 @@ def _moment(block: str, frames: int, fps: float) -> Moment:
         description = ""
     # JSON can spell half a surrogate pair ("\ud83d"), which no tokenizer accepts: it becomes "?".
     description = description.encode("utf-8", "replace").decode("utf-8").strip()
+    if not any(map(str.isalnum, description)):     # blank, invisible, or the dots of the prompt's example: it describes nothing
+        description = ""
     parsed = start is not None and end is not None and description != ""
     inside = []
     if parsed and start <= end <= frames / fps:

@@ -1,7 +1,8 @@
 """Every claim of the code, tested: `make test`, or `python -m pytest test_all.py -k WORD` for some.
 
 Fast paths are held against slow twins, models against transformers and sam2 themselves, rewards and metrics against cases worked
-out by hand and brute force. Nothing here is timed.
+out by hand and brute force. Nothing here is timed but how times grow with the length of a text. What is marked `slow` runs only
+where marks are chosen (-m): `make test-all`.
 """
 import csv
 import functools
@@ -12,7 +13,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import random
 import re
 import resource
 import shutil
@@ -22,6 +22,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 from safetensors.torch import load_file, save_file
@@ -58,9 +60,18 @@ from grpo import (
 from model import Cache, Prefill, Prompt, Recorded, Rows, Thinker, \
     head_logits, in_batches, prefill_batches, read_config, sample, token_logprobs, truncate
 from rewards import (
-    TERMS, WEIGHTS, avs_reward, box_iou, combine, format_reward, image_rewards, length_bonus, mask_box, question_reward, vos_rewards)
+    TERMS, WEIGHTS, avs_reward, box_iou, combine, format_reward, image_rewards, length_bonus, mask_box, parse_number,
+    question_reward, vos_rewards)
 from segment import Lookout, TOY_POLICY, TOY_SAM2, Tracker, build_sam2, find_config, frames_to_ground, ground, plugged, segment, to_source, track_group
-from toy import mini as toy_mini
+from toy import make as toy_make, mini as toy_mini
+
+warnings.filterwarnings("ignore", "Unknown pytest.mark.slow")      # else a file of its own would have to make it known
+
+
+@pytest.fixture(autouse=True)
+def leave_out_slow(request):
+    if request.node.get_closest_marker("slow") and not request.config.option.markexpr:
+        pytest.skip("slow: make test-all")
 
 
 # ====================================================================================================================
@@ -1096,6 +1107,8 @@ def test_parse_time(value, seconds):
     (block("00:01.40", "00:01.00"), True, []),            # swapped within one frame
     (block("00:01", "00:02.00"), False, []), (block(1.0, 2.0), False, []),
     (block("00:01.00", "00:02.00", " "), False, []), (block("00:01.00", "00:02.00", 3), False, []),
+    (block("00:01.00", "00:02.00", "..."), False, []), (block("00:01.00", "00:02.00", "\u200b"), False, []),
+    (block("00:01.00", "00:01.00", "狗"), True, [2]),
     ('{"start_time": "00:01.00", "end_time": "00:02.00"}', False, []),
     ('{ ' + block("00:01.00", "00:02.00"), False, [])])   # one block from the first brace: not JSON
 def test_one_moment(text, parsed, frames):
@@ -1271,7 +1284,7 @@ def test_clip_keeps_the_rest_from_taking_away():
     assert combine(terms | dict(number=0.0), weights, clip=True) == pytest.approx(2.5)
 
 
-# ------------------------------------------------------------------------------- known flaws, known hacks
+# ------------------------------------------------------------------------------------------------ known flaws
 
 
 def test_a_true_box_on_the_left_edge_counts():
@@ -1284,104 +1297,6 @@ def test_every_surplus_box_counts_and_none_hides_a_later_frame():
     terms = rewards(text, {2: [LEFT] * 7, 4: [LEFT, RIGHT, RIGHT]})
     assert terms["mismatch"] == pytest.approx(-(5 + 1) / 2 / 2 / 2)                  # O=2, halved, 2 keyframes
     assert terms["alignment"] == 1.0
-
-
-def hack_scene():
-    """16 frames of 20 x 20, one 6 x 6 target in sight on frames 4 to 11; a box beside it; the whole image."""
-    masks = np.zeros((1, 16, 20, 20), dtype=bool)
-    masks[0, 4:12, 7:13, 7:13] = True
-    return masks, (0, 0, 5, 5), (0, 0, 19, 19)
-
-
-def total(text, box, weights=WEIGHTS, clip=False):
-    masks, _, _ = hack_scene()
-    frames = keyframes(parse_moments(text, 16, 2.0))
-    tracked = np.zeros(masks.shape[1:], dtype=bool)
-    if frames:
-        x1, y1, x2, y2 = box
-        tracked[:, y1:y2 + 1, x1:x2 + 1] = True
-    terms = vos_rewards(text, masks, dict.fromkeys(frames, [box]), tracked)
-    return format_reward(text) + combine(terms, weights, clip)
-
-
-ABSENT, PRESENT = block("00:00.00", "00:00.00"), block("00:03.00", "00:03.00")       # frames 0 and 6
-EACH = [block(f"00:0{t / 2:.2f}", f"00:0{t / 2:.2f}") for t in range(16)]
-
-
-@pytest.mark.parametrize("weights", [WEIGHTS, dict(keyframe=1.0, saliency=0.0, alignment=1.0, consistency=2.0)])
-def test_hacks_score_below_an_honest_wrong_answer(weights):
-    """The honest answer names one frame and grounds it wrongly; a hack knows no more and must earn less."""
-    _, wrong, _ = hack_scene()
-    for honest in (ABSENT, PRESENT):
-        least = total(said(honest), wrong, weights)
-        for hack in [said(), "", said(*[honest] * 4), said(*[honest] * 50), said(block("00:00.00", "00:08.00")),
-                     said(*EACH), said(honest) + " trust me", said(honest).replace("answer", "answer><answer", 1),
-                     said(honest).replace("<think>", "<think><think>"), said(honest) * 2]:
-            assert total(hack, wrong, weights) < least, hack
-
-
-def test_a_box_as_large_as_the_image_earns_its_share_of_the_image_only():
-    _, wrong, whole = hack_scene()
-    overlapping = (10, 7, 15, 12)                         # half beside the target: IoU 18 / 54
-    assert total(said(PRESENT), whole) - total(said(PRESENT), wrong) == pytest.approx(36 / 400)
-    assert total(said(PRESENT), whole) < total(said(PRESENT), overlapping)
-    assert total(said(ABSENT), whole) == total(said(ABSENT), wrong)
-
-
-# ---------------------------------------------------------------------------------------- mangled answers
-
-
-def mangled(rng):
-    """A real answer with odd values, bent in up to three places."""
-    times = ["00:01.00", "00:02.00", "00:03.50", "00:03.99"] * 4
-    times += ["-0:01.00", "99:99.99", "1e9:00.00", "9" * 5000 + ":00.00", "٣:٠١.٠٠", "", "NaN"]
-    texts = ["a dog", "a dog, left", "🐕 \ud83d", "", "x" * 999, "}{"]
-    text = said(*(block(rng.choice(times), rng.choice(times), rng.choice(texts))
-                  for _ in range(rng.choice([0, 1, 2, 4, 9]))))
-    for _ in range(rng.randint(0, 3)):
-        at, to = sorted(rng.randrange(len(text) + 1) for _ in range(2))
-        junk = rng.choice(["{", "}", '"', "<answer>", "</answer>", "<think>", "null", "NaN", "-Infinity", "[" * 3000,
-                           "9" * 5000, "\\u0000", "\x00", "é🐕", "", '{"start_time": NaN}', '"bbox_2d": [1, 2, 3, 4]'])
-        text = rng.choice([text[:at] + junk + text[at:], text[:at] + junk + text[at + 3:], text + text[at:to],
-                           text[:at] + junk + text[to:], text[:to]])
-    return text
-
-
-def check_bounds(text):
-    boxes = parse_boxes(text)
-    masks = scene()
-    moments = parse_moments(text, 8, 2.0)
-    terms = vos_rewards(text, masks, dict.fromkeys(range(8), boxes), masks.any(0))
-    assert all(math.isfinite(value) for value in terms.values()), text[:200]
-    assert 0 <= terms["base"] <= 1.6 + 1e-9
-    assert -0.4 <= terms["number"] <= 1.6                                            # 0.4 (7 - 8) at T=8
-    assert -1.4 * len(moments) <= terms["length"] <= 0 and -4 * len(moments) <= terms["overlap"] <= 0
-    assert all(0 <= terms[name] <= 1 for name in ("saliency", "alignment", "consistency"))
-    assert -16 / 4 <= terms["mismatch"] <= 0                                         # at most 16 boxes, O=2, halved
-    assert all(0 <= frame < 8 for frame in keyframes(moments)) and len(keyframes(moments)) <= 4
-    image = image_rewards(text, (1, 2, 30, 40), [(5, 6), (7, 8)])
-    assert all(0 <= image[name] <= most for name, most in dict(format=1, iou=1.4, box=1, point=1).items())
-    assert format_reward(text) in (0.0, 1.0)
-    for moment in moments:
-        moment.description.encode()                                                  # what a tokenizer will do
-    return len(keyframes(moments)) > 0
-
-
-def test_mangled_answers_never_raise_and_stay_within_bounds():
-    rng = random.Random(0)
-    useful = sum(check_bounds(mangled(rng)) for _ in range(2500))
-    assert 250 < useful < 2250                            # not all garbage, not all left whole
-
-
-@pytest.mark.parametrize("answer", [
-    "{" * 400_000, "}" * 400_000, "{}" * 50_000, '{"a":' * 80_000, "{" + "[" * 400_000 + "}",
-    '{"a": ' + "[" * 200_000 + "]" * 200_000 + "}", '{"bbox_2d": [' * 30_000, '"bbox_2d"' + " " * 400_000,
-    "<answer>" * 50_000, "</think>" + " " * 400_000, (block("00:00.00", "00:04.00") + ",") * 5_000])
-def test_huge_answers_take_linear_time(answer):
-    began = time.process_time()
-    check_bounds(f"<think></think><answer>{answer}</answer>")
-    check_bounds(f"<think></think><answer>{answer}")
-    assert time.process_time() - began < 4                                           # CPU seconds; a quadratic scan takes minutes
 
 
 # ------------------------------------------------------------------------- sound, images, length control
@@ -3288,7 +3203,10 @@ def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch, cap
     assert len(json.loads((tmp_path / "results.json").read_text())["clips"]) == 1
 
 
-# --------------------------------------------------------------------------------------------- many processes, nothing lost
+# ====================================================================================================================
+# many processes, nothing lost
+# ====================================================================================================================
+
 TINY = "--device cpu --threads 1 --dtype float32 --batch 2 --updates 1 --group 2 --max_new_tokens 16 --consistency 0".split()
 
 
@@ -3349,7 +3267,7 @@ def outcome(folder, name):
     """(rows of the log without what differs from run to run, bytes of the trained weights)."""
     rows = [json.loads(line) for line in open(folder / f"out/{name}/metrics.jsonl")]
     assert [row["step"] for row in rows] == list(range(len(rows)))                     # no gaps, no doubled steps
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "memory_gb")} for row in rows]
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "speed", "memory_gb")} for row in rows]
     return rows, (folder / f"out/{name}/policy/model.safetensors").read_bytes()
 
 
@@ -3587,3 +3505,323 @@ def test_any_number_of_processes_trains_alike(server, tmp_path, variants):
         same_training(tmp_path, f"one{i}", f"{name}{i}")
     steps = [row for i in range(len(variants)) for row in outcome(tmp_path, f"one{i}")[0]]
     assert any(row["broken"] for row in steps) and any(0 < row["equal_groups"] < 1 for row in steps)
+# ====================================================================================================================
+# Hostile text
+# ====================================================================================================================
+
+WRONG, WHOLE = (0, 0, 5, 5), (0, 0, 19, 19)              # a box around another object; one as large as the image
+LATER = train.Settings()                                 # weights of the later run
+EARLIER = replace(LATER, saliency=1.0, consistency=0.0)  # of the first release
+WEAK = replace(LATER, keyframe=0.2)                      # of the toy
+CLIPPED = replace(LATER, clip_reward=True, length_control=True)
+ABSENT, PRESENT = block("00:00.00", "00:00.00"), block("00:03.00", "00:03.00")       # frames 0 and 6
+EACH = [block(f"00:0{t / 2:.2f}", f"00:0{t / 2:.2f}") for t in range(16)]            # every frame once
+
+
+def hostile_clips():
+    """One clip of each task, kind of question and number of objects. Of the first: 16 frames of 20 x 20 and one target of 6 x 6
+    in sight on frames 4 to 11, half of its clip."""
+    masks = np.zeros((1, 16, 20, 20), dtype=bool)
+    masks[0, 4:12, 7:13, 7:13] = True
+    clips = {name: Clip(name, Frames(None, range(m.shape[1])), "it", masks=m, task=name[:3])
+             for name, m in dict(vos=masks, vos_two=scene(), vos_null=masks & False, avs=masks[:, 4:],
+                                 avs_null=masks & False).items()}
+    solutions = {"multiple choice": "B", "numerical": "1,000.5", "regression": "10", "OCR": "the cat sat",
+                 "free-form": "The cat sat on a mat."}
+    truths = {kind: dict(type=kind, solution=solution) for kind, solution in solutions.items()}
+    truths["image"] = dict(box=TRUE_BOX, points=TRUE_POINTS)
+    return clips | {name: Clip(name, None, "it", masks=masks, task="image" if name == "image" else "qa", truth=truth)
+                    for name, truth in truths.items()}
+
+
+HOSTILE = hostile_clips()
+
+
+def answered(answer):
+    return said().replace("[]", answer)
+
+
+def judged(task, text, boxes):
+    """The reward terms of a completion where System 2 finds the same boxes on every frame, and SAM2 keeps them where they are."""
+    clip = HOSTILE[task]
+    found = dict.fromkeys(frames_to_ground(clip, text), boxes)
+    tracked = np.zeros(clip.masks.shape[1:], dtype=bool)
+    for x1, y1, x2, y2 in {*boxes} if found else ():
+        tracked[:, round(y1):round(y2) + 1, round(x1):round(x2) + 1] = True
+    return reward_terms(clip, (1.5, 0.5) if clip.task != "image" else (1, 1), text, found, tracked)
+
+
+@functools.cache
+def judged_honest(task):
+    return judged(task, said(PRESENT), [WRONG])
+
+
+def earned(task, text, boxes=(WRONG,), settings=LATER):
+    return total_rewards([judged(task, text, boxes)] * 2, [400, 400], settings)[0]
+
+
+# ---- bent answers ------------------------------------------------------------------------------------------------
+
+HUGE = 100_000
+VALUES = ["NaN", "-Infinity", "Infinity", "1e400", "-1", "0.5", "9" * 5000, "0." + "9" * 5000, "-0:01.00", "99:99.99",
+          "1e9:00.00", "00:01.00", "00:07.99", '"00:02.00"', '"00:01.00"', "٣:٠١.٠٠", "１２", "٣", "1_0", "true", "null", '""',
+          "1e6", "-20", "1e7"]
+JUNK = VALUES + ["{", "}", "[", "]", '"', "\\", ",", ":", " ", "\n", "\x00", "\u200b", "\u202e", "\ufeff", "\u3000", "é🐕", "İ",
+                 "\\ud83d", "\\u0000", "<answer>", "</answer>", "<think>", "</think>", "<answer></answer>", "<", "}{", "{}",
+                 '{"a":', "[{", "a ", "the cat ", '{"start_time": NaN}', '"bbox_2d": [1, 2, 3, 4]', '"bbox_2d":',
+                 '{"bbox_2d": [-5, -5, 1e5, 1e5]}', PRESENT]
+OTHER_DIGITS = [str.maketrans("0123456789", digits) for digits in ("٠١٢٣٤٥٦٧٨٩", "０１２３４５６７８９", "²" * 10)]
+BENDS = {   # what is done to a text: `at` and `to` are places in it, `junk` one of JUNK, `times` a number of copies
+    "insert": lambda text, at, to, junk, times: text[:at] + copies(junk, times) + text[at:],
+    "replace": lambda text, at, to, junk, times: text[:at] + junk + text[to:],
+    "value": lambda text, at, to, junk, times: text[:at] + re.sub(r'[0-9:.]+|"[^"]*"', lambda _: junk, text[at:], count=1),
+    "repeat": lambda text, at, to, junk, times: text[:at] + copies(text[at:to], times) + text[to:],
+    "objects": lambda text, at, to, junk, times: re.sub(r"\{[^{}]*\}", lambda m: copies(m[0] + ",", times) + m[0], text, count=1),
+    "nest": lambda text, at, to, junk, times: text[:at] + text + text[at:],
+    "truncate": lambda text, at, to, junk, times: text[:to],
+    "append": lambda text, at, to, junk, times: text + copies(junk, times),
+    "swap": lambda text, at, to, junk, times: text.replace("start_t", "\0").replace("end_t", "start_t").replace("\0", "end_t"),
+    "digits": lambda text, at, to, junk, times: text[:at] + text[at:to].translate(OTHER_DIGITS[times % 3]) + text[to:]}
+HONEST = [toy_make.global_answer("red circle", np.arange(16), np.random.default_rng(seed)) for seed in range(4)] + [
+    said(PRESENT), said(ABSENT, PRESENT), said(*EACH[4:8]), said(block("00:02.00", "00:03.50")),
+    toy_make.box_answer((3, 4, 9, 12)), answered(toy_make.box_answer(WRONG)), answered("null"), answered("a cat on the left"),
+    answered("B"), answered("1,000.5"),
+    answered("The cat sat on the mat."), *(answered(pointed([110, 100, 199, 190], [130, 150], [170, 150])) for _ in range(3))]
+ONE_BEND = st.tuples(st.sampled_from(sorted(BENDS)), st.integers(0, 99), st.integers(0, 99), st.sampled_from(JUNK),
+                     st.sampled_from((1, 2, 3, 5) * 80 + (50, 300) * 10 + (2_000, HUGE)))
+
+
+def copies(piece, times):
+    """At most HUGE characters of them."""
+    return piece * min(times, HUGE // (len(piece) + 1) + 1)
+
+
+def bent(text, bends):
+    for way, at, to, junk, times in bends:
+        at, to = sorted(place * len(text) // 99 for place in (at, to))
+        text = BENDS[way](text, at, to, junk, times)[:2 * HUGE]
+    return text
+
+
+def read_all(text):
+    """Whatever parses a text, once."""
+    answer = answer_text(text)
+    moments = parse_moments(text, 16, 2.0)
+    for moment in moments:
+        data_file.plain(moment.description).encode()                                 # what a tokenizer will do
+    value = data_file.parse_json(answer)
+    boxes, numbers = data_file.parse_box(value), data_file.parse_numbers(value, 2)
+    return (moments, keyframes(moments), parse_boxes(text), answer, is_null(answer), data_file.blocks(answer), parse_time(answer),
+            boxes, numbers, parse_number(answer), format_reward(text))
+
+
+def limits(task, n):
+    """The documented (least, most) of each reward term of a completion with n moments."""
+    O, T = HOSTILE[task].masks.shape[:2]
+    shares = "saliency alignment consistency first_box strict box point accuracy format malformed".split()
+    return dict.fromkeys(shares, (0, 1)) | dict(
+        base=(0, 1.6), number=(0.4 * (7 - T), 0 if task == "vos_null" else 1.6), length=(-0.2 * (T - 1) * n, 0),
+        overlap=(-0.5 * T * n, 0), mismatch=(-0.5 * 16 / O, 0), iou=(0, 1.4))
+
+
+def check_hostile(text):
+    """Whether the text still names keyframes. Everything is read and rewarded, twice, without an exception and within bounds."""
+    read = read_all(text)
+    assert read == read_all(text)
+    moments, chosen, boxes, *_ = read
+    assert len(boxes) <= 16 and len(chosen) <= 4 and all(0 <= frame < 16 for frame in chosen)
+    totals = []
+    for task, clip in HOSTILE.items():
+        found = [to_source(box, (1.5, 0.5), clip.size) for box in boxes]             # hostile boxes of System 2, too
+        terms = judged(task, text, found)
+        bounds = limits(task, len(moments))
+        for name, value in terms.items():                                            # NaN fails every comparison
+            assert bounds[name][0] - 1e-9 <= value <= bounds[name][1] + 1e-9, (task, name)
+        assert terms == judged(task, text, found) and terms["format"] in (0, 1) and terms["malformed"] in (0, 1)
+        for settings in (LATER, CLIPPED):
+            totals += total_rewards([terms, judged_honest(task)], [400, 9], settings).tolist()
+    assert np.isfinite(totals).all() and group_advantages(totals, 2).isfinite().all()
+    return bool(chosen)
+
+
+@pytest.mark.parametrize("cases", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_hostile_text_never_raises_and_stays_within_bounds(cases):
+    useful = []
+
+    @hypothesis_settings(max_examples=cases, derandomize=True, database=None, deadline=None,
+                         suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(HONEST), st.lists(ONE_BEND, min_size=1, max_size=4))
+    def check(honest, bends):
+        useful.append(check_hostile(bent(honest, bends)))
+
+    check()
+    assert len(useful) >= cases and 0.1 < np.mean(useful) < 0.9                      # not all garbage, not all left whole
+
+
+# ---- time --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("piece", [   # repeated; between @ and @, if there are any
+    "{", "}", "{}", '{"a":', "[", "{[@[@}", '{"a": @[@}', '{"a": "@\\\\@"}', '{"a": @9@}', '{"a": 0.@9@}',
+    '{"description": "@ @"}', '{"description": "@\\ud83d@"}', '{"a": [@1, @1]}', '{@"a": 1, @"a": 1}', "9", "0.@9@", "@ @1", "٣",
+    "1_", "a ", "a", "İ", "\u3000", "<", "<answer>", "</answe", "<think>", "@<answer>@</answer>", "</think>@ @<answer>",
+    "</think>@ @x<answer>", '"bbox_2d"@ @', '"bbox_2d":', '"bbox_2d": [', '"bbox_2d": [@"bbox_2d": @', '"bbox_2d" : @ @[1',
+    '"bbox_2d": [1, 2, 3, 4]', "the cat ", PRESENT + ","])
+@pytest.mark.parametrize("form", ["<think></think><answer>{}</answer>", "<think></think><answer>{}", "{}</answer>"])
+def test_hostile_text_takes_time_linear_in_its_length(piece, form):
+    head, middle, tail = piece.split("@") if "@" in piece else ("", piece, "")
+
+    def seconds(length):
+        text = form.replace("{}", head + middle * (length // len(middle)) + tail)
+        began = time.process_time()
+        read_all(text)
+        for task in ("vos", "image", "OCR", "free-form"):
+            judged(task, text, [])
+        return time.process_time() - began
+
+    short, long = math.inf, math.inf
+    for _ in range(5):                                                               # the best of several, on a busy machine
+        short, long = min(short, seconds(HUGE)), min(long, seconds(4 * HUGE))
+        if long < 12 * max(short, 0.001):                                            # 4 where linear, 16 where quadratic
+            return
+    pytest.fail(f"{short:.3f} s for {HUGE} characters, {long:.3f} s for four times as many")
+
+
+# ---- hacks -------------------------------------------------------------------------------------------------------
+
+def copied_examples(description):
+    """The examples of 100 training prompts, each taken for the answer."""
+    prompts = [global_prompt(HOSTILE["vos"], np.random.default_rng(seed))[1]["content"][0]["text"] for seed in range(100)]
+    return [text[text.rindex("<think>"):].strip().replace('"..."', json.dumps(description)) for text in prompts]
+
+
+OTHER = pointed([600, 600, 699, 699], [620, 650], [680, 650])                        # another object of the picture
+HONEST_WRONG = {   # task -> (answer, boxes of System 2) in the agreed form of another object than the one that is meant
+    "vos": (f"[{PRESENT}]", [WRONG]), "avs": ("a dog on the left", [(2, 2, 8, 8)]), "image": (OTHER, []), "regression": ("9", []),
+    "multiple choice": ("A", []), "OCR": ("the cat ran", []), "free-form": ("The dog sat on the bed.", [])}
+ANY_TASK = {   # hack -> (what it makes of the honest completion and of its answer, whether anything but the format is paid)
+    "no completion": (lambda honest, answer: "", False),
+    "no end": (lambda honest, answer: honest.removesuffix("</answer>"), False),
+    "empty answer before the answer": (lambda honest, answer: honest.replace("<answer>", "<answer></answer><answer>"), False),
+    "text after the answer": (lambda honest, answer: honest + " This is right.", True),
+    "answer after the answer": (lambda honest, answer: honest + honest, True),
+    "text before the thought": (lambda honest, answer: "Sure. " + honest, True),
+    "text between thought and answer": (lambda honest, answer: honest.replace("\n", "so"), True),
+    "no thought": (lambda honest, answer: honest[honest.index("<answer>"):], True),
+    "thought in the thought": (lambda honest, answer: honest.replace("why", "<think>why</think>"), True),
+    "answer in the thought": (lambda honest, answer: f"<think><answer>{answer}</answer></think>", True),
+    "end repeated": (lambda honest, answer: honest + "</answer>", True),
+}
+HACKS = {   # (task, hack) -> (its text or texts, boxes of System 2, total with the weights of the later run)
+    ("vos", "empty answer"): (answered(""), [], 1),
+    ("vos", "empty list"): (said(), [], 1),
+    ("vos", "null where there is something"): (answered("null"), [], 1),
+    ("vos", "prose"): (answered("a dog on the left, from 00:03.00 to 00:03.00"), [WRONG], 1),
+    ("vos", "empty objects"): (said(*["{}"] * 100), [], 1.2),
+    ("vos", "answer in the answer"): (answered(f"<answer>[{ABSENT}]</answer>"), [WRONG], 0.6 + 0.4),
+    ("vos", "object in an object"): (said('{"a": ' + PRESENT + "}"), [WRONG], 1.2),
+    ("vos", "object repeated"): (said(ABSENT, ABSENT), [WRONG], 1 + 0.6 + 0.4 - 0.5),
+    ("vos", "object repeated fifty times"): (said(*[ABSENT] * 50), [WRONG], 1 + 0.6 + 0.4 - 0.5 * 49),
+    ("vos", "same frame by other hundredths"): (said(ABSENT, ABSENT.replace('.00"', '.01"')), [WRONG], 1 + 0.6 + 0.4 - 0.5),
+    ("vos", "object and empty ones"): (said(ABSENT, *["{}"] * 3), [WRONG], 1 + (0.6 + 3 * 0.2) / 4 + 0.4),
+    ("vos", "all frames"): (said(*EACH), [WRONG], 1 + 0.6 + 0.5 - 0.4 * 9),
+    ("vos", "all frames in one interval"): (said(block("00:00.00", "00:08.00")), [WRONG], 1 + 0.6 + 0.5 - 0.4 * 9 - 0.2 * 15),
+    ("vos", "all frames four times"): (said(*[block("00:00.00", "00:08.00")] * 4), [WRONG], 1.1 + 1 - 3.6 - 0.8 * 15 - 0.5 * 48),
+    ("vos", "interval past the end"): (said(block("00:00.00", "99:00.00")), [WRONG], 1.4),
+    ("vos", "swapped times"): (said(block("00:03.00", "00:00.00")), [WRONG], 1.4),
+    ("vos", "negative times"): (said(block("-0:03.00", "00:03.00")), [WRONG], 1.2),
+    ("vos", "no times"): (said(block("", "")), [WRONG], 1.2),
+    ("vos", "blank description"): (said(block("00:03.00", "00:03.00", " \n")), [WRONG], 1.2),
+    ("vos", "invisible description"): (said(block("00:03.00", "00:03.00", "\u200b\u2060")), [WRONG], 1.2),
+    ("vos", "example's times"): (copied_examples("a dog on the left"), [WRONG], 1.2123),          # their mean
+    ("vos", "example word for word"): (copied_examples("..."), [WRONG], 1.2),
+    ("vos", "every box there is room for"): (said(ABSENT), [WRONG] * 16, 1 + 0.6 + 0.4 - 0.5 * 15),
+    ("vos", "another box as large as the image"): (said(ABSENT), [WRONG, WHOLE], 1 + 0.6 + 0.4 - 0.5 + 2 * 8 * 36 / 400 / 16),
+    ("avs", "empty answer"): (answered(""), [], 1),
+    ("avs", "null where there is something"): (answered("null"), [], 1),
+    ("avs", "the whole image after another box"): (answered("anything"), [WRONG, WHOLE], 1),
+    ("image", "empty answer"): (answered(""), [], 1),
+    ("image", "null"): (answered("null"), [], 1),
+    ("image", "object repeated"): (answered(OTHER + OTHER), [], 1),
+    ("image", "list of objects"): (answered(f"[{OTHER}, {OTHER}]"), [], 1),
+    ("image", "further keys"): (answered(OTHER.replace("}", ', "bbox": [100, 100, 199, 199]}')), [], 1),
+    ("image", "no points"): (answered('{"bbox_2d": [0, 0, 839, 839]}'), [], 1),
+    ("image", "true points in no box"): (answered(pointed([839, 839, 0, 0], *TRUE_POINTS)), [], 1),
+    ("image", "true points, other names"): (answered(pointed(WHOLE, *TRUE_POINTS).replace("points_2", "point_2")), [], 1),
+    ("image", "box without an end"): (answered(pointed([-math.inf, 0, math.inf, 839], *TRUE_POINTS)), [], 1),
+    ("image", "numbers as text"): (answered(pointed(["0", "0", "839", "839"], *TRUE_POINTS)), [], 1),
+    ("regression", "empty answer"): (answered(""), [], 1),
+    ("regression", "every number"): (answered(" ".join(map(str, range(100)))), [], 1),
+    ("regression", "infinity"): (answered("Infinity"), [], 1),
+    ("regression", "not a number"): (answered("nan"), [], 1),
+    ("OCR", "empty answer"): (answered(""), [], 1),
+    ("OCR", "text repeated"): (answered("the cat ran " * 100), [], 1),
+    ("free-form", "empty answer"): (answered(""), [], 1),
+    ("free-form", "word repeated"): (answered("the " * 100), [], 1 + (2 / 106 + 0 + 2 / 106) / 3),
+    ("free-form", "answer repeated"): (answered("The dog sat on the bed. " * 50), [], 1 + (6 / 306 + 2 / 304 + 6 / 306) / 3),
+}
+
+
+def honest_totals(task, settings=LATER):
+    """Of the honest wrong answer; of masks, two: at its moment the target is to be seen as well, or not."""
+    answer, boxes = HONEST_WRONG[task]
+    answers = [answer, f"[{ABSENT}]"] if task == "vos" else [answer]
+    return [earned(task, answered(a), boxes, settings) for a in answers]
+
+
+@pytest.mark.parametrize("settings", [LATER, EARLIER, WEAK], ids=["later", "earlier", "toy"])
+@pytest.mark.parametrize("task, hack", HACKS)
+def test_hostile_hacks_score_below_an_honest_wrong_answer(task, hack, settings):
+    texts, boxes, total = HACKS[task, hack]
+    honest = honest_totals(task, settings)
+    if isinstance(texts, str):
+        hacked, least = earned(task, texts, boxes, settings), min(honest)
+    else:                                                # moments at random: half of them, as of ours, have the target in sight
+        hacked, least = np.mean([earned(task, text, boxes, settings) for text in texts]), np.mean(honest)
+    assert hacked < least
+    if settings == LATER:
+        assert hacked == pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize("task", HONEST_WRONG)
+@pytest.mark.parametrize("hack", ANY_TASK)
+def test_hostile_forms_score_below_an_honest_wrong_answer(task, hack):
+    bend, understood = ANY_TASK[hack]
+    answer, boxes = HONEST_WRONG[task]
+    honest, form = honest_totals(task)[0], 2 if task == "image" else 1               # there the form of the answer counts as well
+    assert earned(task, bend(answered(answer), answer), boxes) == pytest.approx(honest - form if understood else 0)
+
+
+PAID = {   # What the formulas (method.md, 3) themselves pay: (task, honest, its boxes, settings), (hack, its boxes), both totals
+    # R_A is an IoU and R_G a J: a box as large as the image shares the target's pixels with it, 36 of 400, on half the frames.
+    "box as large as the image": (("vos", said(PRESENT), [WRONG], LATER), (said(PRESENT), [WHOLE]), 3, 3 + 0.09 + 2 * 0.09 / 2),
+    "such a box for the sound": (("avs", answered("a dog"), [WRONG], LATER), (answered("all"), [WHOLE]), 1, 1.09),
+    # R_G counts 1 where prediction and truth are empty: a description of nothing that System 2 finds leaves the other half right.
+    "nothing that can be found": (("vos", said(PRESENT), [WRONG], LATER), (said(PRESENT), []), 3, 3 + 2 * 8 / 16),
+    # With the optional clip no term can take away: all frames earn base, in which the target is seen on half of them.
+    "all frames, clipped": (("vos", said(ABSENT), [WRONG], replace(LATER, clip_reward=True)), (said(*EACH), [WRONG]), 2, 2.1),
+    # R_K asks for four frames: one object at four moments earns more than at one, and so does an interval of two to four.
+    "four moments": (("vos", said(ABSENT), [WRONG], LATER), (said(*EACH[:4]), [WRONG]), 2, 2 + 0.4 * 3),
+    "interval of four": (("vos", said(ABSENT), [WRONG], LATER),
+                         (said(block("00:00.00", "00:01.50")), [WRONG]), 2, 2 + 0.4 * 3 - 0.2 * 3),
+    # Format asks for tags, not for words between them.
+    "no word of thought": (("vos", said(ABSENT), [WRONG], LATER), (said(ABSENT).replace("why", ""), [WRONG]), 2, 2),
+    # The IoU, box and point terms of a picture end at 0, far from the target: nothing tells one wrong box from another ...
+    "box as large as the picture": (("image", answered(OTHER), [], LATER),
+                                    (answered(pointed([0, 0, 839, 839], [420, 420], [440, 420])), []), 2, 2),
+    # ... and the points only need to lie within the box: one of the whole picture lets them be anywhere, off by 100 here.
+    "points anywhere": (("image", answered(OTHER), [], LATER),
+                        (answered(pointed([0, 0, 839, 839], [120, 250], [180, 250])), []), 2, 3),
+    # An empty answer earns 0, as a wrong one does where there is no partial credit; both have the format.
+    "empty answer, wrong box": (("avs", answered("a dog"), [WRONG], LATER), (answered(""), []), 1, 1),
+    "empty choice": (("multiple choice", answered("A"), [], LATER), (answered(""), []), 1, 1),
+    "all choices": (("multiple choice", answered("A"), [], LATER), (answered("A B C D"), []), 1, 1),
+    "empty number": (("numerical", answered("7"), [], LATER), (answered(""), []), 1, 1),
+}
+
+
+@pytest.mark.parametrize("hack", PAID)
+def test_hostile_hacks_that_the_formulas_pay(hack):
+    """Not below the honest wrong answer, and known: a change of any of these totals is a change of the method."""
+    (task, text, boxes, settings), hacked, honest_total, total = PAID[hack]
+    assert earned(task, text, boxes, settings) == pytest.approx(honest_total)
+    assert earned(task, *hacked, settings) == pytest.approx(total) and total >= honest_total

@@ -321,11 +321,11 @@ def train(settings, rank, world, device, watch):
         sums, norm, skipped = update(systems, optimizer, groups, settings, world, device)             # 8
         watch.lap("update")
         row = metrics(step, groups, sums, norm, skipped, watch, optimizer, device)
-        row |= physics(groups, watch.seconds, systems, settings, device)
+        row["speed"] = physics(groups, watch.seconds, systems, settings, device)
         if rank == 0:
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix({k: f"{row[k]:.3g}" for k in SHOWN if k in row})
+            bar.set_postfix({k: f"{v:.3g}" for k, v in (row | row["speed"]).items() if k in SHOWN})
             if (step + 1) % settings.plot_every == 0 or step + 1 == settings.steps:
                 plot(out)
         unfit = unfit + 1 if skipped else 0
