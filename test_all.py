@@ -3464,12 +3464,14 @@ def test_torchrun_restarts_a_killed_worker(straight, world):
 
 
 @pytest.mark.slow
-def test_two_nodes_of_two_processes_each(straight):
+def test_two_nodes_of_two_processes_each(server, straight):
+    settings = "--steps 3 --batch 4 --lr 1e-4 --name"
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-               "--rdzv_id", "nodes", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", ROOT / "train.py", *TINY, *SIX.split(), "nodes"]
+               "--rdzv_id", "nodes", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", ROOT / "train.py", *TINY, *settings.split(), "nodes"]
     nodes = [subprocess.Popen(command, cwd=straight, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [node.wait(300) for node in nodes] == [0, 0]
-    same_training(straight, "straight1", "nodes")
+    finish(start(server, straight, f"{settings} node"))
+    same_training(straight, "node", "nodes")
 
 
 def mixed_sources(*_):
@@ -3499,7 +3501,7 @@ VARIANTS = [
 def test_any_number_of_processes_trains_alike(server, tmp_path, variants):
     shapes = dict(one=(1, 1), two=(2, 1), four=(4, 1), nodes=(4, 2))                   # name: processes, nodes
     for name, (world, nodes) in shapes.items():
-        runs = [f"--steps 3 --batch 4 --max_new_tokens 24 {variant} --name {name}{i}" for i, variant in enumerate(variants)]
+        runs = [f"--steps 3 --batch 4 --lr 1e-4 --max_new_tokens 24 {variant} --name {name}{i}" for i, variant in enumerate(variants)]
         finish(start(server, tmp_path, *runs, world=world, nodes=nodes, setup=use_mixed_sources), seconds=900)
     for name, i in itertools.product(list(shapes)[1:], range(len(variants))):
         same_training(tmp_path, f"one{i}", f"{name}{i}")
