@@ -10,6 +10,7 @@ One step, numbered as in the README; `collect` does 2 to 7, `accumulate_gradient
 Letters: B clips, G completions of a group, C tokens of the longest completion, T frames, H W pixels.
 """
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data import answer_text, is_null
+from model import gathered
 from rewards import avs_reward, combine, format_reward, image_rewards, length_bonus, mask_box, question_reward, vos_rewards
 from segment import frames_to_ground, ground, track_group
 
@@ -87,11 +89,13 @@ def policy_loss(logp, advantages, mask, old_logp=None, reference_logp=None, *, b
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Systems:
-    """Who works together. The reference is the frozen copy of the policy and, as that, System 2."""
+    """Who works together. The reference is the frozen copy of the policy and, as that, System 2. Its towers are always there; for
+    all else it is asked `with bring(reference)`: between, its weights may rest elsewhere, or be the policy's."""
     policy: torch.nn.Module
     reference: torch.nn.Module
     processor: object
     tracker: object
+    bring: Callable = gathered
 
 
 @dataclass
@@ -103,10 +107,10 @@ class Group:
     texts: list                   # G
     terms: list                   # G dicts of reward terms
     rewards: np.ndarray           # (G,)
-    advantages: Tensor | None = None        # (G,)
-    old_logp: Tensor | None = None          # (G, C) at rollout; set when the batch is used more than once
-    reference_logp: Tensor | None = None    # (G, C)
+    advantages: Tensor            # (G,)
+    reference_logp: Tensor | None           # (G, C); None at beta 0
     fault: str = ""               # why the clip could not be read: then a blank one stands in, and nothing of this counts
+    old_logp: Tensor | None = None          # (G, C) at rollout; set when the batch is used more than once
 
     @property
     def size(self):
@@ -134,17 +138,24 @@ def collect(systems, clips, inputs, seeds, settings, watch):
     # 2. roll out G completions for each clip
     prompts = systems.reference.embed(inputs)        # the frozen towers run once, for rollout, policy and reference alike
     watch.lap("towers")
-    drawn = systems.policy.generate(prompts, settings.group, settings.max_new_tokens, eos_ids=systems.processor.eos_ids,
-                                    temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, seeds=seeds)
+    with gathered(systems.policy):
+        drawn = systems.policy.generate(prompts, settings.group, settings.max_new_tokens, eos_ids=systems.processor.eos_ids,
+                                        temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, seeds=seeds)
+    completions = [pad_sequence(rows, batch_first=True) for rows in drawn]                          # (G, C) each
     texts = [[systems.processor.decode(ids) for ids in group] for group in drawn]
     watch.lap("rollout")
 
     # 3. read the keyframes and descriptions of every completion: {frame: description}
     chosen = [[frames_to_ground(clip, text) for text in group] for clip, group in zip(clips, texts)]
 
-    # 4. System 2 grounds them: {frame: boxes}
-    boxes = ground(systems.reference, systems.processor, clips, chosen)
-    watch.lap("grounding")
+    # 4. System 2 grounds them: {frame: boxes}; as the reference it also says how likely it finds the completions, for step 8
+    with systems.bring(systems.reference):
+        boxes = ground(systems.reference, systems.processor, clips, chosen)
+        watch.lap("grounding")
+        with torch.no_grad():
+            reference_logp = [systems.reference.logprobs(prompt, ids, settings.temperature)[0] if settings.beta else None
+                              for prompt, ids in zip(prompts, completions)]                         # (G, C) each
+    watch.lap("reference")
 
     # 5. SAM2 tracks all boxes of a group at once
     tracked = [track_group(systems.tracker, clip, group) if settings.consistency and clip.task == "vos"
@@ -154,13 +165,13 @@ def collect(systems, clips, inputs, seeds, settings, watch):
 
     # 6. reward terms, then one number; 7. advantages within the group
     groups = []
-    for clip, x, prompt, ids, *answers in zip(clips, inputs, prompts, drawn, texts, boxes, tracked):
-        terms = [reward_terms(clip, x.scale, *answer) for answer in zip(*answers)]
-        rewards = total_rewards(terms, [len(row) for row in ids], settings)
-        lengths = torch.tensor([len(row) for row in ids])
+    for i, (clip, x) in enumerate(zip(clips, inputs)):
+        terms = [reward_terms(clip, x.scale, *answer) for answer in zip(texts[i], boxes[i], tracked[i])]
+        lengths = torch.tensor([len(row) for row in drawn[i]])
+        rewards = total_rewards(terms, lengths.tolist(), settings)
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()                    # (G, C)
-        groups.append(Group(prompt, pad_sequence(ids, batch_first=True), mask, answers[0], terms, rewards,
-                            group_advantages(rewards, settings.group, scale=settings.scale_by_std), fault=clip.fault))
+        advantages = group_advantages(rewards, settings.group, scale=settings.scale_by_std)
+        groups.append(Group(prompts[i], completions[i], mask, texts[i], terms, rewards, advantages, reference_logp[i], clip.fault))
     watch.lap("rewards")
     return groups
 
@@ -221,9 +232,6 @@ def accumulate_gradients(systems, group, settings, totals, scale, first, keep):
     """
     device = group.prompt.ids.device
     mask, advantages = group.mask.to(device), group.advantages.to(device)
-    if settings.beta and group.reference_logp is None:
-        with torch.no_grad():
-            group.reference_logp, _ = systems.reference.logprobs(group.prompt, group.completions, settings.temperature)
     logp, entropy = systems.policy.logprobs(group.prompt, group.completions, settings.temperature)       # (G, C) each
     loss, sums = policy_loss(logp, advantages, mask, group.old_logp, group.reference_logp, beta=settings.beta, kl=settings.kl,
                              clip_low=settings.clip_low, clip_high=settings.clip_high, ratio=settings.ratio,

@@ -16,6 +16,7 @@ S tokens of a padded row, N flat tokens, M media tokens, D width, H heads, K key
 d width of a head, L layers, V vocabulary.
 """
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -260,6 +262,63 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+# ---- low-rank adapters, and weights that are not always whole ---------------------------------------------------
+
+class Adapted(nn.Linear):
+    """A frozen linear map with a trained one of low rank beside it (LoRA, arXiv 2106.09685): y = W x + b + 2 U D x. U begins as
+    zeros, so the whole begins as W; the factor 2 is the usual alpha of twice the rank. U and D are float32."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias, self.on = linear.weight, linear.bias, True
+        down = torch.randn(rank, self.in_features, generator=generator) * self.in_features ** -0.5
+        self.down = nn.Parameter(down.to(self.weight.device))  # (rank, in)
+        self.up = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))  # (out, rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + 2 * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype)) if self.on else y
+
+    def merged(self) -> Tensor:
+        return (self.weight + 2 * self.up @ self.down).to(self.weight.dtype)
+
+
+def add_adapters(thinker: "Thinker", rank: int, seed: int) -> None:
+    """Freezes a Thinker and gives every linear map of its layers an adapter, the same on every process."""
+    thinker.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in thinker.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                setattr(part, name, Adapted(linear, rank, generator))
+
+
+@contextmanager
+def adapters_off(thinker: "Thinker"):
+    """Inside, the Thinker is what it was before training."""
+    adapters = [module for module in thinker.modules() if isinstance(module, Adapted)]
+    for adapter in adapters:
+        adapter.on = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.on = True
+
+
+@contextmanager
+def gathered(thinker: "Thinker"):
+    """Inside, weights that are sharded (FSDP) are whole on every process; all have to enter together."""
+    parts = [module for module in thinker.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+
+
 # ---- from hidden states to tokens ------------------------------------------------------------------------------
 
 def head_logits(hidden: Tensor, head_weight: Tensor, suppressed: Tensor) -> Tensor:
@@ -355,7 +414,7 @@ class Thinker(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return next(self.visual.parameters()).device  # the language model may rest elsewhere
 
     @property
     def dtype(self) -> torch.dtype:
@@ -531,6 +590,16 @@ class Thinker(nn.Module):
         return cache
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what a plain checkpoint holds, one after the other: sharded weights gathered, adapters merged."""
+        adapted = {name: module for name, module in self.named_modules() if isinstance(module, Adapted)}
+        for name, tensor in self.state_dict().items():
+            owner, _, kind = name.rpartition(".")
+            if owner not in adapted or kind == "bias":
+                yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            elif kind == "weight":
+                yield name, adapted[owner].merged()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> "Thinker":

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from data import FOLDERS, BadInput, Parser, Processor, add_roots, epoch_length, epoch_plan, fail, one_line, prompt_inputs, \
     read_clip, read_json, training_sources
 from grpo import Stopwatch, Systems, accumulate_gradients, collect, equal_rewards, left_out
-from model import Thinker
+from model import Thinker, adapters_off, add_adapters, gathered
 from segment import TOY_POLICY, TOY_SAM2, Tracker, find_config
 
 SHOWN = ("reward", "consistency", "kl", "decode_tokens_per_s", "update_tokens_per_s", "memory_gb")  # beside the bar
@@ -74,6 +74,8 @@ class Settings:
     warmup: int = setting(10, "steps of linear warm-up, before a cosine down to 0")
     weight_decay: float = setting(0.01, "of AdamW")
     clip_norm: float = setting(5.0, "largest norm of a step's gradient")
+    lora_rank: int = setting(0, "of low-rank adapters, trained in place of the weights, which then serve as policy, reference and "
+                             "System 2 at once (they want an --lr some 50 times as large); 0: none, all weights are trained")
     # Rollout
     group: int = setting(8, "completions of a prompt, G")
     max_new_tokens: int = setting(2048, "longest completion")
@@ -104,6 +106,8 @@ class Settings:
     checkpointing: bool = setting(True, "whether activations are computed again in the backward pass")
     threads: int = setting(0, "CPU threads of a process; 0: as torch chooses")
     workers: int = setting(2, "processes, of each process, that read and prepare clips ahead of time; 0: it does so itself")
+    reference: str = setting("device", "where the reference rests while it is not asked: whole on each device, sharded over all "
+                             "processes, or in host memory", choices=["device", "shard", "host"])
     hybrid: bool = setting(True, "whether, on several nodes, each holds all weights, sharded over its own GPUs only")
     timeout_minutes: float = setting(30.0, "longest phase of a step; a process that takes longer says where it is, and ends")
     # Output
@@ -113,8 +117,8 @@ class Settings:
 
 
 # What may be another when a run is continued; by any other setting it would be another run.
-FREE = {"name", "overwrite", "resume", "steps", "device", "threads", "workers", "hybrid", "timeout_minutes", "save_every", "keep",
-        "plot_every"}
+FREE = {"name", "overwrite", "resume", "steps", "device", "threads", "workers", "reference", "hybrid", "timeout_minutes",
+        "save_every", "keep", "plot_every"}
 
 
 def no_less_than(least):
@@ -124,7 +128,8 @@ def no_less_than(least):
 LIMITS = {  # setting -> (test, what it must be); nan passes none
     **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep", "plot_every"),
                     no_less_than(1)),
-    **dict.fromkeys(("seed", "lr", "warmup", "weight_decay", "top_k", "beta", "clip_high", "threads", "workers"), no_less_than(0)),
+    **dict.fromkeys(("seed", "lr", "warmup", "weight_decay", "top_k", "beta", "clip_high", "lora_rank", "threads",
+                     "workers"), no_less_than(0)),
     **dict.fromkeys(("keyframe", "saliency", "alignment", "consistency"), (math.isfinite, "finite")),
     **dict.fromkeys(("temperature", "clip_norm", "timeout_minutes"), (lambda value: 0 < value < math.inf, "above 0 and finite")),
     "group": no_less_than(2),
@@ -207,6 +212,26 @@ def shard(thinker, dtype, device, hybrid=True):
         register_fsdp_forward_method(thinker, method)
 
 
+def rest_on_host(thinker, device):
+    """Moves a language model's weights to host memory -> the context in which they are on the device."""
+    weights = [*thinker.model.parameters(), *thinker.lm_head.parameters()]
+    copies = [p.data.cpu().pin_memory() if device.type == "cuda" else p.data for p in weights]
+
+    def move(places):
+        for p, place in zip(weights, places):
+            p.data = place
+
+    @contextmanager
+    def bring(_):
+        move(copy.to(device, non_blocking=True) for copy in copies)
+        try:
+            yield
+        finally:
+            move(copies)
+    move(copies)
+    return bring
+
+
 def sums_over_processes(values, device):
     """{name: number} added up over all processes."""
     numbers = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device=device)
@@ -229,7 +254,8 @@ class Watch(Stopwatch):
         self.phase = NEXT[phase]
 
 
-NEXT = dict(data="towers", towers="rollout", rollout="grounding", grounding="masks", masks="rewards", rewards="data", update="saving")
+NEXT = dict(data="towers", towers="rollout", rollout="grounding", grounding="reference", reference="masks", masks="rewards",
+            rewards="data", update="saving")
 
 
 @contextmanager
@@ -349,16 +375,24 @@ def train(settings, rank, world, device, watch):
 
 
 def load_systems(settings, device):
-    """Policy, reference, processor and tracker. The reference shares the policy's frozen towers."""
+    """Policy, reference, processor and tracker. The reference shares the policy's frozen towers, with adapters all of it."""
     dtype = getattr(torch, settings.dtype)
     processor = Processor(settings.policy)
-    tracker = Tracker.from_pretrained(settings.sam2 or find_config(settings.sam2_weights), settings.sam2_weights, device)
-    policy = Thinker.from_pretrained(settings.policy, torch.float32, device)
-    reference = Thinker.from_pretrained(settings.policy, dtype, device).requires_grad_(False)
-    policy.visual, policy.audio_tower = reference.visual, reference.audio_tower
+    if settings.lora_rank:
+        policy = reference = Thinker.from_pretrained(settings.policy, dtype, device)
+        add_adapters(policy, settings.lora_rank, settings.seed)
+        bring = adapters_off
+    else:
+        policy = Thinker.from_pretrained(settings.policy, torch.float32, device)
+        shard(policy, dtype, device, settings.hybrid)          # before there is a second model on the device
+        reference = Thinker.from_pretrained(settings.policy, dtype, device).requires_grad_(False)
+        policy.visual, policy.audio_tower = reference.visual, reference.audio_tower
+        bring = rest_on_host(reference, device) if settings.reference == "host" else gathered
+        if settings.reference == "shard":
+            shard(reference, dtype, device, settings.hybrid)
     policy.gradient_checkpointing = settings.checkpointing
-    shard(policy, dtype, device, settings.hybrid)
-    return Systems(policy, reference, processor, tracker)
+    tracker = Tracker.from_pretrained(settings.sam2 or find_config(settings.sam2_weights), settings.sam2_weights, device)
+    return Systems(policy, reference, processor, tracker, bring)
 
 
 def start_optimizer(policy, settings):
@@ -422,13 +456,13 @@ def update(systems, optimizer, groups, settings, world, device):
     skipped = 0
     for number in range(settings.updates):
         sums = {}
-        for i, group in enumerate(groups):
-            last = i == len(groups) - 1
-            policy.set_requires_gradient_sync(last)            # processes meet once an optimizer step, and weights stay
-            policy.set_reshard_after_backward(last)            # gathered until then
+        for group in groups:
             part = accumulate_gradients(systems, group, settings, totals, world, number == 0, settings.updates > 1)
             sums = {k: sums.get(k, 0.0) + v for k, v in part.items()}
-        norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.requires_grad], settings.clip_norm)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        for p in trained if settings.lora_rank else ():        # whole on every process; FSDP has averaged its shards already
+            dist.all_reduce(p.grad.div_(world))
+        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if math.isfinite(norm):                                # the same on every process
             optimizer.step()
@@ -586,8 +620,7 @@ def save(systems, path, run, rank, world, optimizer=None):
     the run. Weights are gathered from all processes one by one; only rank 0 keeps them, in host memory. Where anything cannot be
     written, all processes end and nothing of it stays."""
     weights, partial, problem = {}, f"{path}.partial", None
-    for name, tensor in systems.policy.state_dict().items():
-        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    for name, whole in systems.policy.whole_weights():
         if rank == 0:
             weights[name] = whole.to("cpu", systems.reference.dtype, copy=True)
     try:
