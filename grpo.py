@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import answer_text, is_null
 from model import gathered
 from rewards import avs_reward, combine, format_reward, image_rewards, length_bonus, mask_box, question_reward, vos_rewards
-from segment import frames_to_ground, ground, track_group
+from segment import frames_to_ground, ground, track_groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,10 +157,10 @@ def collect(systems, clips, inputs, seeds, settings, watch):
                               for prompt, ids in zip(prompts, completions)]                         # (G, C) each
     watch.lap("reference")
 
-    # 5. SAM2 tracks all boxes of a group at once
-    tracked = [track_group(systems.tracker, clip, group) if settings.consistency and clip.task == "vos"
-               else [None] * settings.group                         # nothing would look at the masks
-               for clip, group in zip(clips, boxes)]
+    # 5. SAM2 tracks all boxes at once; a batch is of one task
+    tracked = [[None] * settings.group for _ in clips]              # of what nothing looks at
+    if settings.consistency and clips[0].task == "vos":
+        tracked = track_groups(systems.tracker, clips, boxes)
     watch.lap("masks")
 
     # 6. reward terms, then one number; 7. advantages within the group

@@ -180,7 +180,6 @@ class Tracker:
         return cls(model.to(device))
 
     # -- one call, start to end ---------------------------------------------------------------------------------------
-    @torch.inference_mode()
     def track(self, frames, objects, unions=None):
         """Masks of N objects on all T frames, bool array [N, T, H, W] at source size; objects may overlap.
 
@@ -189,30 +188,39 @@ class Tracker:
         unions  G lists of objects (by place in `objects`): then the masks are those of each list together, [G, T, H, W], and no
                 more than one frame's are held of every object.
         """
-        T, (W, H) = len(frames), frames[0].size
-        for n, boxes in enumerate(objects):
-            if not boxes or not all(0 <= t < T for t in boxes):
-                raise ValueError(f"object {n} needs boxes on frames 0 to {T - 1}, not on {sorted(boxes)}")
-        unions = [[n] for n in range(len(objects))] if unions is None else unions
-        masks = np.zeros((len(unions), T, H, W), bool)
-        if not objects:
-            return masks
-        scale = np.array([self.side / W, self.side / H] * 2)
-        scaled = [{t: box * scale for t, box in boxes.items()} for boxes in objects]
+        return self.track_clips([(frames, objects, unions)])[0]
+
+    @torch.inference_mode()
+    def track_clips(self, clips):
+        """`track` for several clips (frames, objects, unions) at once: objects of all of them share the batches."""
+        boxes, owner, masks = [], [], []                         # of all objects: boxes in the square picture, and whose they are
+        for c, (frames, objects, unions) in enumerate(clips):
+            T, (W, H) = len(frames), frames[0].size
+            for n, found in enumerate(objects):
+                if not found or not all(0 <= t < T for t in found):
+                    raise ValueError(f"object {n} needs boxes on frames 0 to {T - 1}, not on {sorted(found)}")
+            boxes += [{t: box * np.array([self.side / W, self.side / H] * 2) for t, box in found.items()} for found in objects]
+            owner += [c] * len(objects)
+            masks.append(np.zeros((len(objects if unions is None else unions), T, H, W), bool))
+        lengths = [masks[c].shape[1] for c in owner]
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.model.device.type == "cuda"):
-            look = Lookout(self, frames, sorted({t for boxes in objects for t in boxes}))
-            for t, (logits, _) in enumerate(self.run(look, scaled, T)):
-                full = torch.cat([F.interpolate(part[:, None], (H, W), mode="bilinear")[:, 0] > 0
-                                  for part in logits.split(BATCH)]).cpu().numpy()              # [N, H, W]; waits for the device
-                for mask, together in zip(masks, unions):
-                    mask[t] = full[together].any(0)
+            look = Lookout(self, [frames for frames, *_ in clips], owner, boxes)
+            for t, (logits, _) in enumerate(self.run(look, boxes, lengths)):
+                present = torch.tensor([c for c, T in zip(owner, lengths) if T > t])             # whose logits these are
+                for c, (_, objects, unions) in enumerate(clips):
+                    if not objects or t >= masks[c].shape[1]:
+                        continue
+                    full = torch.cat([F.interpolate(part[:, None], masks[c].shape[2:], mode="bilinear")[:, 0] > 0
+                                      for part in logits[present == c].split(BATCH)]).cpu().numpy()     # [N, H, W]; waits
+                    for mask, together in zip(masks[c], [[n] for n in range(len(objects))] if unions is None else unions):
+                        mask[t] = full[together].any(0)
         return masks
 
-    def run(self, look, objects, T):
-        """Yields (logits [N, h, w], scores [N]) of frames 0 ... T - 1.
+    def run(self, look, objects, lengths):
+        """Yields, for t = 0 ... max(lengths) - 1, logits [n, h, w] and scores [n] of those of N objects whose clip has a frame t.
 
         look(objects, frames)  features of n (object, frame) pairs: three levels [n, C, s, s], s = S / 4, S / 8, S / 16.
-        objects  N dicts {frame index: box in pixels of the square picture}.
+        objects  N dicts {frame index: box in pixels of the square picture}. lengths: N numbers of frames of their clips.
         """
         memories, answers = [Memory() for _ in objects], {}
         # 1. Prompted frames, each on its own, as if it were a still.
@@ -222,13 +230,14 @@ class Tracker:
                 answers[n, t] = logits, score
                 memories[n].prompted[t] = memory
         # 2. Everything else in time's order, with the prompted frames as memory, those to come included.
-        for t in range(T):
-            for rows in _parts([n for n, boxes in enumerate(objects) if t not in boxes], BATCH):
-                seen = self.follow(look(rows, [t] * len(rows)), [memories[n] for n in rows], t, T)
+        for t in range(max(lengths, default=0)):
+            present = [n for n, T in enumerate(lengths) if T > t]
+            for rows in _parts([n for n in present if t not in objects[n]], BATCH):
+                seen = self.follow(look(rows, [t] * len(rows)), [memories[n] for n in rows], t, [lengths[n] for n in rows])
                 for n, logits, score, *memory in zip(rows, *seen):
                     answers[n, t] = logits, score
                     memories[n].maps[t], memories[n].pointers[t] = memory
-            logits, scores = zip(*(answers.pop((n, t)) for n in range(len(objects))))
+            logits, scores = zip(*(answers.pop((n, t)) for n in present))
             yield torch.stack(logits), torch.stack(scores)
 
     # -- parts --------------------------------------------------------------------------------------------------------
@@ -242,11 +251,11 @@ class Tracker:
                   "point_labels": torch.tensor([[2, 3]], device=self.model.device).repeat(len(boxes), 1)}    # two corners
         return self._decode(features, features[-1] + self.model.no_mem_embed.view(1, -1, 1, 1), points)
 
-    def follow(self, features, memories, t, T):
-        """Seen: n objects on frame t of T, by their n memories."""
-        return self._decode(features, self._attend(features[-1], memories, t, T))
+    def follow(self, features, memories, t, lengths):
+        """Seen: n objects on frame t of their clips, n lengths, by their n memories."""
+        return self._decode(features, self._attend(features[-1], memories, t, lengths))
 
-    def _attend(self, top, memories, t, T):
+    def _attend(self, top, memories, t, lengths):
         """The top features [n, D, s, s] after they have attended to what each object's memory holds.
 
         SAM2's attention takes no mask, so objects that recall equally much form one batch: prompted once each, they
@@ -257,7 +266,8 @@ class Tracker:
         mixed = torch.empty_like(top, dtype=torch.float32)
         for amount in sorted(set(amounts)):
             rows = [i for i, a in enumerate(amounts) if a == amount]
-            tokens, places = self._tokens([recalled[i] for i in rows], min(T, span[1]))        # [n, S L + R k, M] both
+            spans = [min(lengths[i], span[1]) for i in rows]
+            tokens, places = self._tokens([recalled[i] for i in rows], spans)                  # [n, S L + R k, M] both
             attended = self.model.memory_attention(
                 curr=top[rows].flatten(2).permute(2, 0, 1), curr_pos=self.top_place,           # [L, n, D] and [L, 1, D]
                 memory=tokens.transpose(0, 1), memory_pos=places.transpose(0, 1),
@@ -265,13 +275,15 @@ class Tracker:
             mixed[rows] = attended.permute(1, 2, 0).unflatten(2, top.shape[2:]).float()
         return mixed
 
-    def _tokens(self, recalled, span):
-        """Memory tokens of n objects, S maps and then R pointers each, and their codes of place or time."""
+    def _tokens(self, recalled, spans):
+        """Memory tokens of n objects, S maps and then R pointers each, and their codes of place or time; spans: frames that the
+        code of time of each is stretched over."""
         tokens = torch.stack([torch.cat([token for _, token in maps + pointers]) for maps, pointers in recalled])
         map_ago, ago = (torch.tensor([[ago for ago, _ in kind] for kind in kinds], device=tokens.device)
                         for kinds in zip(*recalled))                                           # [n, S], [n, R]
         map_code = self.map_place[:, None] + self.model.maskmem_tpos_enc[map_ago - 1].squeeze(2)    # 0 ago: the last code
-        code = self.model.obj_ptr_tpos_proj(get_1d_sine_pe(ago / (span - 1), self.model.hidden_dim))            # [n, R, M]
+        time = ago / (torch.tensor(spans, device=tokens.device)[:, None] - 1)                  # [n, R]
+        code = self.model.obj_ptr_tpos_proj(get_1d_sine_pe(time, self.model.hidden_dim))       # [n, R, M]
         code = code.repeat_interleave(self.model.hidden_dim // self.model.mem_dim, dim=1)      # [n, R k, M]
         return tokens, torch.cat([map_code.flatten(1, 2), code], dim=1)
 
@@ -286,24 +298,29 @@ class Tracker:
 
 
 class Lookout:
-    """Features of a video's frames, each encoded once: keyframes are kept, others made in passing, a few at a time."""
+    """Features of the frames of B clips, each encoded once: prompted ones are kept, others made in passing, a few at a time."""
 
-    def __init__(self, tracker, frames, keyframes):
-        self.tracker, self.frames, self.kept, self.near = tracker, frames, {}, {}
-        for part in _parts(keyframes, AHEAD):
+    def __init__(self, tracker, clips, owner, objects):
+        """clips: B lists of pictures; objects: N dicts by prompted frame; owner: N clips (by place) that they are in."""
+        self.tracker, self.clips, self.owner, self.kept = tracker, clips, owner, {}
+        self.near = [{} for _ in clips]
+        for part in _parts(sorted({(owner[n], t) for n, boxes in enumerate(objects) for t in boxes}), AHEAD):
             self.kept |= self._encode(part)
 
     def __call__(self, objects, times):
-        """Levels [n, C, s, s] of n frames; frames that were not kept have to be asked for in time's order."""
-        for t in times:
-            if t not in self.kept and t not in self.near:
-                coming = range(t, min(t + AHEAD, len(self.frames)))
-                self.near = self._encode([s for s in coming if s not in self.kept])
-        return [torch.stack(level) for level in zip(*(self.kept.get(t) or self.near[t] for t in times))]
+        """Levels [n, C, s, s] of n objects' frames; what is not kept has to be asked for in time's order."""
+        levels = []
+        for c, t in ((self.owner[n], t) for n, t in zip(objects, times)):
+            if (c, t) not in self.kept and (c, t) not in self.near[c]:
+                coming = [(c, s) for s in range(t, min(t + AHEAD, len(self.clips[c])))]
+                self.near[c] = self._encode([frame for frame in coming if frame not in self.kept])
+            levels.append(self.kept.get((c, t)) or self.near[c][c, t])
+        return [torch.stack(level) for level in zip(*levels)]
 
-    def _encode(self, times):
-        pictures = torch.stack([square_picture(self.frames[t], self.tracker.side) for t in times])
-        return dict(zip(times, zip(*self.tracker.encode(pictures.to(self.tracker.model.device)))))
+    def _encode(self, frames):
+        """{(clip, time): levels} of some frames."""
+        pictures = torch.stack([square_picture(self.clips[c][t], self.tracker.side) for c, t in frames])
+        return dict(zip(frames, zip(*self.tracker.encode(pictures.to(self.tracker.model.device)))))
 
 
 def square_picture(image, side):
@@ -343,16 +360,19 @@ def find_config(weights):
     return name
 
 
-def track_group(tracker, clip, boxes):
-    """Masks of each of G completions: [bool [T, H, W]], the union over its boxes.
+def track_groups(tracker, clips, boxes):
+    """Masks of each of G completions of B clips: B arrays bool [G, T, H, W], of each completion the union over its boxes.
 
-    boxes  G dicts {frame: [boxes]}. Every box is an object of its own, prompted on its frame (method.md, 1); a box that
+    boxes  B lists of G dicts {frame: [boxes]}. Every box is an object of its own, prompted on its frame (method.md, 1); a box that
     several completions share is tracked once.
     """
-    objects = list(dict.fromkeys((t, box) for found in boxes for t, many in found.items() for box in many))
-    place = {key: n for n, key in enumerate(objects)}
-    unions = [[place[t, box] for t, many in found.items() for box in many] for found in boxes]
-    return list(tracker.track(clip.frames, [{t: box} for t, box in objects], unions))
+    tracked = []
+    for clip, group in zip(clips, boxes):
+        objects = list(dict.fromkeys((t, box) for found in group for t, many in found.items() for box in many))
+        place = {key: n for n, key in enumerate(objects)}
+        unions = [[place[t, box] for t, many in found.items() for box in many] for found in group]
+        tracked.append((clip.frames, [{t: box} for t, box in objects], unions))
+    return tracker.track_clips(tracked)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,8 +401,8 @@ def segment(policy, system2, processor, tracker, clips, max_new_tokens=1024):
     for clip, x, text, found in zip(clips, inputs, texts, boxes):
         if clip.task == "image":
             found |= {0: [to_source(box, x.scale, clip.size) for box in parse_boxes(answer_text(text), most=1)]}
-    return [(text, frames, found, track_group(tracker, clip, [found])[0])
-            for text, frames, found, clip in zip(texts, chosen, boxes, clips)]
+    masks = track_groups(tracker, clips, [[found] for found in boxes])
+    return [(text, frames, found, mask) for text, frames, found, (mask,) in zip(texts, chosen, boxes, masks)]
 
 
 def overlay(picture, mask, boxes=()):

@@ -62,7 +62,8 @@ from model import Cache, Prefill, Prompt, Recorded, Rows, Thinker, \
 from rewards import (
     TERMS, WEIGHTS, avs_reward, box_iou, combine, format_reward, image_rewards, length_bonus, mask_box, parse_number,
     question_reward, vos_rewards)
-from segment import Lookout, TOY_POLICY, TOY_SAM2, Tracker, build_sam2, find_config, frames_to_ground, ground, plugged, segment, to_source, track_group
+from segment import Lookout, TOY_POLICY, TOY_SAM2, Tracker, build_sam2, find_config, frames_to_ground, ground, \
+    plugged, segment, to_source, track_groups
 from toy import make as toy_make, mini as toy_mini
 
 warnings.filterwarnings("ignore", "Unknown pytest.mark.slow")      # else a file of its own would have to make it known
@@ -2511,9 +2512,9 @@ def predictor_logits(model, frames, objects, folder, monkeypatch):
 @torch.inference_mode()
 def tracker_logits(tracker, frames, objects):
     """What `track` cuts at 0; toy frames have the size that the toy model sees, so boxes need no scaling."""
-    look = Lookout(tracker, frames, sorted({t for boxes in objects for t in boxes}))
+    look = Lookout(tracker, [frames], [0] * len(objects), objects)
     boxes = [{t: np.array(box) for t, box in boxes.items()} for boxes in objects]
-    logits = torch.stack([logits for logits, _ in tracker.run(look, boxes, len(frames))], 1)
+    logits = torch.stack([logits for logits, _ in tracker.run(look, boxes, [len(frames)] * len(boxes))], 1)
     return F.interpolate(logits, (tracker.side, tracker.side), mode="bilinear")    # [N, T, H, W]
 
 
@@ -2543,6 +2544,27 @@ def test_objects_do_not_see_each_other(tracker, monkeypatch):
     assert ious(tracker.track(frames, objects), together).min() > 0.99
 
 
+def test_clips_of_several_lengths_and_sizes_are_tracked_together_as_each_alone(tracker):
+    clips = [toy_prompts(3), (*toy_prompts(4, "long", 12),), (toy_prompts(5)[0], []), toy_prompts(6)]
+    frames, objects = clips[3]
+    wide = Frames(lambda t: frames[t].resize((320, 192)), range(len(frames)))
+    clips[3] = wide, [{t: np.array(box) * (2.5, 1.5, 2.5, 1.5) for t, box in boxes.items()} for boxes in objects[:2]]
+    unions = [None, [[0], [1, 2], []], None, None]
+    together = tracker.track_clips([(*clip, union) for clip, union in zip(clips, unions)])
+    for clip, union, masks in zip(clips, unions, together):
+        alone = tracker.track(*clip, union)
+        assert masks.shape == alone.shape and (ious(masks, alone) > 0.99).all()
+    # Lengths differ in the code of time, too, which the masks hardly show.
+    (short, few), (long, more) = clips[:2]
+    look = Lookout(tracker, [short, long], [0] * len(few) + [1] * len(more), few + more)
+    boxes = [{t: np.array(box) for t, box in boxes.items()} for boxes in few + more]
+    with torch.inference_mode():
+        logits = [logits for logits, _ in tracker.run(look, boxes, [8] * len(few) + [12] * len(more))]
+    assert [len(frame) for frame in logits] == [len(few + more)] * 8 + [len(more)] * 4
+    logits = F.interpolate(torch.stack([frame[-len(more):] for frame in logits], 1), (tracker.side, tracker.side), mode="bilinear")
+    torch.testing.assert_close(logits, tracker_logits(tracker, long, more), rtol=0, atol=1e-4)
+
+
 def test_masks_have_the_size_of_the_source(tracker):
     frames, objects = toy_prompts(3)
     wide = Frames(lambda t: frames[t].resize((320, 192)), range(len(frames)))
@@ -2556,7 +2578,7 @@ def test_masks_have_the_size_of_the_source(tracker):
 def test_gradients_reach_the_prompt_through_memory(tracker):
     pictures = torch.randn(3, 3, tracker.side, tracker.side, requires_grad=True)
     levels = tracker.encode(pictures)
-    run = tracker.run(lambda objects, times: [level[list(times)] for level in levels], [{2: np.array([20, 20, 60, 60])}], 3)
+    run = tracker.run(lambda objects, times: [level[list(times)] for level in levels], [{2: np.array([20, 20, 60, 60])}], [3])
     logits, scores = next(run)                                            # of frame 0, prompted on frame 2
     scores.sum().backward()
     assert pictures.grad[0].any() and pictures.grad[2].any() and not pictures.grad[1].any()
@@ -2750,10 +2772,10 @@ def test_a_groups_masks_are_those_of_one_call_per_completion(systems):
     frames = [t for t, box in enumerate(true) if box][:3]
     boxes = [{frames[0]: [tuple(map(float, true[frames[0]]))]}, {t: [tuple(map(float, true[t]))] for t in frames},
              {}, {frames[1]: [(5.0, 5.0, 40.0, 40.0), tuple(map(float, true[frames[1]]))]}]
-    together = track_group(systems.tracker, clip, boxes)
+    together, = track_groups(systems.tracker, [clip], [boxes])
     assert not together[2].any() and together[0].any()
     for found, mask in zip(boxes, together):
-        alone = track_group(systems.tracker, clip, [found])[0]
+        alone = track_groups(systems.tracker, [clip], [[found]])[0][0]
         assert (alone & mask).sum() >= 0.99 * (alone | mask).sum()
 
 
@@ -2792,7 +2814,7 @@ def test_every_completion_is_judged_by_its_own_keyframes_boxes_and_masks(apart):
     assert len({tuple(frames.items()) for frames in chosen}) > 2
     for text, frames, terms in zip(group.texts, chosen, group.terms):
         ((boxes,),) = ground(systems.reference, systems.processor, [clip], [[frames]])
-        (tracked,) = track_group(systems.tracker, clip, [boxes])
+        ((tracked,),) = track_groups(systems.tracker, [clip], [[boxes]])
         expected = vos_rewards(text, clip.masks, boxes, tracked, clip.fps)
         assert terms["consistency"] == pytest.approx(expected.pop("consistency"), abs=0.02)      # masks to a few pixels
         assert {k: terms[k] for k in expected} == pytest.approx(expected)

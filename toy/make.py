@@ -524,7 +524,7 @@ def tracking_losses(tracker, heads, stretches):
         return [level[[clip[n] * T + t for n, t in zip(objects, times)]] for level in levels]
 
     tracker.prompt = lambda *a: seen.append(Tracker.prompt(tracker, *a)) or seen[-1]       # keeps what a prompt leaves behind
-    logits, scores = zip(*tracker.run(look, boxes, T))
+    logits, scores = zip(*tracker.run(look, boxes, [T] * len(boxes)))
     del tracker.prompt
     logits = F.interpolate(torch.stack(logits, 1), (SIDE, SIDE), mode="bilinear").clamp(-20, 20)               # [N, T, H, W]
     true = torch.tensor(np.concatenate([s.masks for s in stretches])).float()
