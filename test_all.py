@@ -3535,7 +3535,7 @@ def use_mixed_sources(rank):
 
 VARIANTS = [
     ["--accumulate 2 --updates 2 --ratio sequence --average token --kl k2 --skip_equal true",
-     "--accumulate 2 --average constant --scale_by_std false"],
+     "--average constant --scale_by_std false"],
     pytest.param(["", "--accumulate 2", "--updates 2", "--updates 2 --ratio sequence", "--average token", "--average constant", "--kl k1",
                   "--kl k2", "--scale_by_std false", "--skip_equal true", "--skip_equal true --average token --accumulate 2",
                   "--accumulate 2 --updates 2 --average token --clip_high 0.28 --skip_equal true", "--beta 0 --updates 2", "--batch 8"],
