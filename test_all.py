@@ -57,7 +57,7 @@ from eval import (
     score_predictions, score_reasonseg, score_revos, score_sample, score_table, write_davis, write_prediction, zip_predictions)
 from grpo import (
     Stopwatch, Systems, accumulate_gradients, collect, group_advantages, kl_divergence, policy_loss, reward_terms, total_rewards)
-from model import Cache, Prefill, Prompt, Recorded, Rows, Thinker, \
+from model import Cache, Prefill, Prompt, Recorded, Rows, Thinker, adapters_off, add_adapters, \
     head_logits, in_batches, prefill_batches, read_config, sample, token_logprobs, truncate
 from rewards import (
     TERMS, WEIGHTS, avs_reward, box_iou, combine, format_reward, image_rewards, length_bonus, mask_box, parse_number,
@@ -3038,7 +3038,7 @@ def test_pictures_are_asked_for_a_box(bench, minis, tmp_path):
 
 
 def test_two_processes_update_as_one(tmp_path, monkeypatch):
-    common = "train.py --steps 2 --batch 4 --group 4 --threads 1 --updates 2 --average token".split()
+    common = "train.py --steps 1 --batch 2 --group 4 --threads 1 --updates 2 --average token".split()
     rows = {}
     for name, processes in (("one", 0), ("two", 2)):
         monkeypatch.chdir(tmp_path)
@@ -3071,7 +3071,7 @@ def test_without_a_learning_rate_nothing_is_learned(tmp_path, monkeypatch):
 
 OUT_OF_LIMITS = dict(
     **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep", "plot_every"), [0]),
-    **dict.fromkeys(("seed", "warmup", "top_k", "threads"), [-1]),
+    **dict.fromkeys(("seed", "warmup", "top_k", "lora_rank", "threads", "workers"), [-1]),
     **dict.fromkeys(("lr", "weight_decay", "beta", "clip_high"), [-0.1, math.inf, math.nan]),
     **dict.fromkeys(("keyframe", "saliency", "alignment", "consistency"), [-math.inf, math.nan]),
     **dict.fromkeys(("temperature", "clip_norm", "timeout_minutes"), [0.0, math.inf, math.nan]),
@@ -3229,7 +3229,8 @@ def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch, cap
 # many processes, nothing lost
 # ====================================================================================================================
 
-TINY = "--device cpu --threads 1 --dtype float32 --batch 2 --updates 1 --group 2 --max_new_tokens 16 --consistency 0".split()
+TINY = ("--device cpu --threads 1 --workers 0 --dtype float32 --batch 2 --updates 1 --group 2 --max_new_tokens 16 "
+        "--consistency 0").split()
 
 
 @pytest.fixture(scope="module")
@@ -3513,7 +3514,8 @@ def use_mixed_sources(rank):
 
 SHAPES = dict(one=(1, 1), two=(2, 1), four=(4, 1), nodes=(4, 2))                      # name: processes, nodes
 VARIANTS = [
-    ("one two four", ["--accumulate 2 --updates 2 --ratio sequence --average token --kl k2 --skip_equal true"]),
+    ("one two four", ["--accumulate 2 --updates 2 --ratio sequence --average token --kl k2 --skip_equal true",
+                      "--lora_rank 4 --lr 1e-3 --accumulate 2"]),
     ("one nodes", ["--average constant --scale_by_std false"]),
     pytest.param("one two four nodes", [
         "", "--accumulate 2", "--updates 2", "--updates 2 --ratio sequence", "--average token", "--average constant", "--kl k1", "--kl k2",
@@ -3532,6 +3534,39 @@ def test_any_number_of_processes_trains_alike(server, tmp_path, names, variants)
         same_training(tmp_path, f"one{i}", f"{name}{i}")
     steps = [row for i in range(len(variants)) for row in outcome(tmp_path, f"one{i}")[0]]
     assert any(row["broken"] for row in steps) and any(0 < row["equal_groups"] < 1 for row in steps)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_where_the_reference_rests_changes_nothing(server, tmp_path, world):
+    places = ("device", "shard", "host")
+    runs = [f"--steps 2 --batch 2 --lr 1e-3 --updates 2 --max_new_tokens 24 --reference {place} --name {place}" for place in places]
+    finish(start(server, tmp_path, *runs, world=world))
+    device, shard, host = (outcome(tmp_path, place) for place in places)
+    assert device == shard == host and device[0][1]["kl"] > 0
+
+
+def test_adapters_begin_as_nothing_and_are_merged_in_the_end(reference, thinker, tmp_path):
+    prompt, = prompts_of(thinker, reference, ["image"])
+    completions, mask = ragged([9, 4])
+    before = thinker.logprobs(prompt, completions)[0].detach()
+    add_adapters(thinker, 3, seed=1)
+    assert torch.equal(thinker.logprobs(prompt, completions)[0], before)
+    trained = {name: p for name, p in thinker.named_parameters() if p.requires_grad}
+    layers = len(thinker.model.layers)
+    assert len(trained) == 7 * 2 * layers and all(name.endswith((".up", ".down")) for name in trained)
+    thinker.logprobs(prompt, completions)[0][mask].sum().backward()
+    assert all(p.grad.any() == name.endswith(".up") for name, p in trained.items())       # down counts once up is not zero
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.add_(0.1 * torch.randn(p.shape))
+        with adapters_off(thinker):
+            assert torch.equal(thinker.logprobs(prompt, completions)[0], before)
+        after = thinker.logprobs(prompt, completions)[0]
+        assert (after - before).abs().max() > 0.01
+        thinker.save_pretrained(tmp_path, dict(thinker.whole_weights()))
+        torch.testing.assert_close(Thinker.from_pretrained(tmp_path).logprobs(prompt, completions)[0], after, rtol=1e-4, atol=1e-4)
+
+
 # ====================================================================================================================
 # Hostile text
 # ====================================================================================================================
