@@ -681,9 +681,7 @@ def test_revos_in_both_layouts(copy):
     assert sum(rle is None for rles in json.loads((root / "mask_dict.json").read_text()).values() for rle in rles) > 0
     first = open_real("revos", "valid", root)
     masks = [sample.read_masks() for sample in first]
-    for folder in (root / "JPEGImages").iterdir():
-        folder.rename(root / folder.name)
-    (root / "JPEGImages").rmdir()
+    (root / "JPEGImages/OVIS").rename(root / "OVIS")                          # each video may lie in either
     second = open_real("revos", "valid", root)
     assert all(np.array_equal(m, sample.read_masks()) for m, sample in zip(masks, second, strict=True))
     assert {sample.video: sample.names[:2] for sample in second} == {
@@ -723,7 +721,7 @@ def test_pictures_read_back_to_the_toy_masks(name, minis):
             true = [mask for _, masks, things in found for mask, thing in zip(masks, things) if thing in sample.query]
             assert any(np.array_equal(clip.masks[0, 0], mask) for mask in true)
             if name == "reasonseg":
-                _, masks, _ = found[int(sample.video)]
+                _, masks, _ = found[int(Path(sample.video).name)]
                 ignored = sample.extra["ignore"]()[0, 0]
                 assert np.array_equal(ignored, masks[1] if len(masks) > 1 else np.zeros_like(masks[0]))
         assert len({sample.name for sample in samples}) == len(samples)
@@ -869,13 +867,22 @@ MALFORMED = [
     ("revos", "valid", "meta_expressions_valid_.json",
      lambda p: edit(p, lambda v: v["videos"][FIRST]["expressions"]["2"].update(type_id=7)), f"type_id 7 .*: {FIRST}/2"),
     ("refavs", "val", "metadata.csv", lambda p: p.write_text(p.read_text().replace("fid", "object", 1)), "no column 'fid'"),
-    ("refavs", "val", "metadata.csv", lambda p: p.write_text("vid,uid,split,fid,exp\na,a_b_1,val,0\n"), "row 0 is incomplete"),
-    ("refavs", "val", "metadata.csv", lambda p: p.write_text(p.read_text() + '"' + "no end," * 30000), "not valid CSV"),
-    ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(pickle.dumps([Evil()])), "not a pickle of plain.*print"),
-    ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(p.read_bytes()[:99]), "not a pickle of plain data"),
+    *(("refavs", "val", "metadata.csv", lambda p, row=row: p.write_text("vid,uid,split,fid,exp\n" + row), "row 0 does not fit")
+      for row in ("a,a_b_1,val,0\n", "a\n", "a,a_b_1,val,0,a dog,barking\n")),
+    ("refavs", "val", "metadata.csv", lambda p: p.write_text("vid,uid,split,fid,exp\na,a_b,val,0,a dog"), "uid of row 0"),
+    *(("refavs", "val", "metadata.csv", lambda p, at=at: p.write_bytes(p.read_bytes()[:at] + b"\xff" + p.read_bytes()[at:]),
+       "UnicodeDecodeError") for at in (3, -3)),
+    ("refavs", "val", "metadata.csv", lambda p: p.write_text(p.read_text() + '"' + "no end," * 30000), "field larger"),
+    ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(pickle.dumps([Evil()])), "holds builtins.print, not plain"),
+    ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(p.read_bytes()[:99]), "cannot use"),
+    *(("refcoco", "val", "refcoco/refs(unc).p", lambda p, value=value: p.write_bytes(pickle.dumps(value)), message)
+      for value, message in ((5, "a list expected"), ([5], "no 'split' in"), ([dict(split="val", ref_id=1, ann_id=[1])], "'ann_id' is a list"),
+                             ([dict(split="val", ref_id=1, ann_id=1, image_id=[1])], "'image_id' is a list"))),
     ("refcoco", "val", "refcoco/instances.json", lambda p: edit(p, lambda v: v["annotations"].clear()), "no [0-9]+ in"),
     ("reasonseg", "val", "val/0.json", lambda p: p.write_text('{"text": ["a"]'), "JSONDecodeError"),
     ("reasonseg", "val", "val/0.json", lambda p: edit(p, lambda v: v.pop("shapes")), "no 'shapes' in"),
+    *(("reasonseg", "val", "val/0.json", lambda p, text=text: edit(p, lambda v: v.update(text=text)), "'text' is no list of phrasings")
+      for text in ([], [None])),
     ("refdavis", "valid", "meta_expressions/valid/meta_expressions.json",
      lambda p: p.write_text(p.read_text().replace('"obj_id": "1"', '"obj_id": "one"', 1)), "obj_id is no number in .*toy-3/0"),
     ("refytvos", "valid", "meta_expressions/test/meta_expressions.json", lambda p: p.unlink(), "no such file"),
@@ -891,6 +898,33 @@ def test_a_malformed_file_is_named_in_one_line(name, split, file, damage, messag
     assert str(root / file) in str(error.value) and "\n" not in str(error.value)
     code, broken, _ = run_check(name, split, root, capsys)
     assert code == 1 and len(broken) == 1 and str(root / file) in broken[0]      # and nothing that the pickle prints
+
+
+def test_a_broken_parquet_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+    toy_mini.write_mini(str(tmp_path / "refcocog_2k_840"), videos=2)
+    file, = (tmp_path / "refcocog_2k_840/data").iterdir()
+    whole, content = parquet.read_table(file), file.read_bytes()
+
+    def samples(column=None, values=None):
+        if column:
+            i = whole.schema.names.index(column)
+            parquet.write_table(whole.set_column(i, column, pyarrow.array(values)), file)
+        data_file._parquet.cache_clear()
+        return open_real("refcocog_2k_840", "train", tmp_path / "refcocog_2k_840")
+    for values in ([3, 4], [None, "a"]):
+        for column in ("id", "problem", "solution"):
+            with pytest.raises(BadInput, match=f"'{column}' is a .* in row 0: {file}"):
+                samples(column, values)
+    for values in ([5, 6], [dict(bytes=None), dict(bytes=b"")], [[1], []]):
+        with pytest.raises(BadInput, match=f"cannot use {file}#0"):
+            load(samples("image", values)[0])
+    damaged, chunk = bytearray(content), parquet.ParquetFile(io.BytesIO(content)).metadata.row_group(0).column(0)
+    damaged[chunk.data_page_offset:chunk.data_page_offset + 20] = b"\xff" * 20
+    file.write_bytes(damaged)
+    with pytest.raises(BadInput, match=f"cannot use {file}"):
+        samples()
 
 
 def test_unknown_names_and_splits():
@@ -966,6 +1000,10 @@ FAULTS = [
      "mask of shape .8, 8., .*fid_0/00004.png"),
     ("refavs", "val", refavs("gt_mask", "fid_0", shutil.rmtree), "no such folder of masks: .*fid_0"),
     ("reasonseg", "val", lambda root: (root / "val/0.jpg").write_bytes(b""), "0/0: cannot read image: .*val/0.jpg"),
+    *(("reasonseg", "val", lambda root, points=points: edit(root / "val/0.json", lambda v: v["shapes"][0].update(points=points)),
+       "0/0: .*val/0.json: shape 0") for points in ([[1, 2], 3], [[1, 2], [3, None]], [])),
+    ("refcoco", "val", lambda root: edit(root / "refcoco/instances.json", lambda v: [
+        a.update(segmentation=[["a"] * 6]) for a in v["annotations"]]), "cannot use .*instances.json .reference"),
     ("reasonvos", "test", lambda root: shutil.rmtree(root / "Annotations/mevis_toy_0_0"),
      "cannot read mask: .*_0_0/00000.png"),
     ("refdavis", "valid", lambda root: Image.new("RGB", (128, 128)).save(root / "valid/Annotations/toy-3/00000.png"),
@@ -1042,6 +1080,29 @@ def test_check_of_a_dataset_that_is_not_there(tmp_path, capsys):
         data_file.main(["check", "--bench", "revos", "--data_root", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 1 and all("mask_dict.json" in line for line in lines) and len(lines) == 2
+
+
+def test_a_miniature_replaces_nothing(tmp_path, capsys):
+    (tmp_path / "reasonseg").mkdir()
+    data_file.main(["mini", "--bench", "reasonseg", "--videos", "1", "--out", str(tmp_path)])     # an empty folder is no harm
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    with pytest.raises(SystemExit) as stop:
+        data_file.main(["mini", "--bench", "reasonseg", "--videos", "2", "--out", str(tmp_path)])
+    error, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and str(tmp_path / "reasonseg") in error
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+
+def test_a_sound_that_ends_early_is_broken_in_training_and_heard_in_evaluation(copy):
+    root = copy("refavs")
+    (source,), _ = data_file.training_sources("refavs", None, dict(refavs=root), 0)
+    path = Path(source.items[0][0].sound)
+    wavfile.write(path, 16000, np.zeros(48000, np.int16))
+    clip = data_file.read_clip(source, source.items[0], np.random.default_rng(0))
+    assert "sound of 3.0 s, video of 10.0 s" in clip.fault and str(path) in clip.fault
+    assert len(load(source.items[0][0]).sound) == 48000
+    wavfile.write(path, 16000, np.zeros(160000, np.int16))
+    assert not data_file.read_clip(source, source.items[0], np.random.default_rng(0)).fault
 
 
 # ------------------------------------------------------------------------------------------------ reading text
@@ -2496,14 +2557,14 @@ THINKER = '{"model_type": "qwen2_5_omni", "thinker_config": %s}'
                    THINKER % '{"model_type": "qwen2_5_omni_thinker", "text_config": {"num_attention_heads": 0}}',
                    THINKER % '{"model_type": "qwen2_5_omni_thinker", "text_config": {"rope_parameters": {"rope_theta": 1}}}')),
     (shutil.rmtree, FileNotFoundError, "hf download Qwen/Qwen2.5-Omni-7B --local-dir"),
-    (lambda path: (path / "config.json").unlink(), FileNotFoundError, "holds no config.json"),
+    (lambda path: (path / "config.json").unlink(), FileNotFoundError, "no such file: .*config.json; expected .*hf download"),
     (lambda path: (path / "config.json").write_text('{"model_type": "qwen2_5_omni_talker"}'), ValueError,
      "describes a qwen2_5_omni_talker model; expected qwen2_5_omni"),
     (lambda path: (path / "config.json").write_text('{"model_type": "qwen2_5_omni"}'), ValueError,
      "thinker_config"),
     (lambda path: (path / "model.safetensors.index.json").unlink(), FileNotFoundError, "holds no weights"),
     (lambda path: (path / "model-00002-of-00003.safetensors").unlink(), FileNotFoundError, "00002-of-00003.*missing"),
-    (drop_thinker_weights, ValueError, r"lacks \d+ of the Thinker's weights, the first is "),
+    (drop_thinker_weights, ValueError, r"lacks \d+ of the Thinker's weights, the first is .*; expected .*hf download"),
     (lambda path: save_file({"thinker.extra": torch.ones(1)}, path / "model-00003-of-00003.safetensors"), ValueError,
      "does not have: extra"),
 ])
@@ -3112,7 +3173,10 @@ OUT_OF_LIMITS = dict(
     (["train.py", "--policy", "limited"], "--group 1: must be "),
     (["eval.py", "--bench", "coco"], "coco"), (["eval.py", "--system2", "somebody"], "somebody"),
     (["eval.py", "--bench", "revos", "--data_root", "nowhere"], "nowhere"), (["train.py", "--data", "revos", "--data_root", "nowhere"], "nowhere"),
-    (["train.py", "--data", "refdavis"], "refdavis"), (["eval.py", "--policy", "nowhere"], "nowhere"),
+    (["train.py", "--data", "refdavis"], "--data refdavis: refdavis is nothing to train on (known: toy, revos, mevis, refavs, ref"),
+    (["train.py", "--data", "toy,"], "--data toy,: an empty name is nothing to train on"),
+    *(([program, "--policy", "out"], "expected a directory of Qwen2.5-Omni") for program in ("train.py", "eval.py", "segment.py")),
+    (["eval.py", "--policy", "nowhere"], "nowhere"),
     *((line.split(), line.split()[1]) for line in (
         "eval.py --clips 0", "eval.py --batch -1", "eval.py --max_new_tokens many", "eval.py --device tpu",
         "segment.py --index -1", "segment.py --max_new_tokens 0", "segment.py --device tpu")),

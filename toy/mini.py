@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import wavfile
 
-from data import CANVAS, FPS, REFER_UMD, REFER_UNC, SAMPLE_RATE, SIDE, _pyarrow, toy_queries, toy_scene
+from data import CANVAS, FPS, REFER_UMD, REFER_UNC, SAMPLE_RATE, SIDE, BadInput, _pyarrow, toy_queries, toy_scene
 
 
 def put(content, *path):
@@ -244,5 +244,7 @@ WRITERS = dict(revos=revos, mevis=mevis, refavs=refavs, refcocog_2k_840=refcocog
 
 
 def write_mini(root, videos=4):
-    """Writes the miniature of a dataset; the name of the folder `root` tells which."""
+    """Writes the miniature of a dataset; the name of the folder `root` tells which. Raises BadInput where there is something."""
+    if os.path.isdir(root) and os.listdir(root):
+        raise BadInput(f"{root} is not empty; give another --out")
     WRITERS[os.path.basename(root)](root, videos)
