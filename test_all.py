@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import math
+import os
 import pickle
 import random
 import re
@@ -669,7 +670,7 @@ def test_videos_read_back_to_the_toy_masks(name, split, minis):
 
 
 def test_videos_without_masks_are_read(minis):
-    for name, key in (("mevis", "000000000001"), ("refytvos", "0000000001")):
+    for name, key in (("mevis", "000000000003"), ("refytvos", "0000000001")):
         samples = open_real(name, "valid", minis(name))
         assert len({sample.video for sample in samples}) == 2            # refytvos: those of test are left out
         clip = load(next(sample for sample in samples if sample.video == key))
@@ -1778,9 +1779,19 @@ def test_pictures_against_sets():
     found = BENCHES["refcocog"]["subsets"](rows)["overall"]
     assert found["gIoU"] == pytest.approx(100 * np.mean([len(p & t) / (len(p | t) + 1e-5) if p | t else 1 for p, t in sets]))
     assert found["cIoU"] == pytest.approx(100 * sum(len(p & t) for p, t in sets) / sum(len(p | t) for p, t in sets))
+    assert found["Acc@0.5"] == 100 * np.mean([row["found"] for row in rows])
     none = BENCHES["refcocog"]["score"](a_sample(true[0]), true[0], None)
-    assert none == dict(I=0, U=len(sets[0][1]), IoU=0)                              # its area counts in cIoU
+    assert none == dict(I=0, U=len(sets[0][1]), IoU=0, found=False)                 # its area counts in cIoU
     assert BENCHES["refcocog"]["score"](a_sample(true[2]), true[2], None)["IoU"] == 0
+
+
+def test_boxes_are_found_above_one_half():
+    true, pred = np.zeros((2, 1, 20, 20), bool), np.zeros((1, 20, 20), bool)
+    true[0, 0, 5, 5:15] = true[1, 0, 5:15, 5] = True                                # the box around both has 10 x 10 pixels
+    for width, found in ((0, False), (5, False), (6, True), (10, True)):
+        pred[0, 5, 5:5 + width] = pred[0, 14, 5:5 + width] = True
+        row = BENCHES["refcocog"]["score"](a_sample(true), true, pred)
+        assert row["found"] is found and BENCHES["refcocog"]["subsets"]([row | dict(kind="")])["overall"]["Acc@0.5"] == 100 * found
 
 
 def test_reasonseg_takes_ignore_both_ways():
@@ -1826,7 +1837,7 @@ def test_davis_matches_objects_as_well_as_any_permutation(seed):
 
 def davis_samples(annotation):
     """Two objects of one video, four annotators each."""
-    return [a_sample((annotation == 1 + k // 4)[None], str(k), annotator=k % 4, annotation=lambda: annotation)
+    return [a_sample((annotation == 1 + k // 4)[None], str(k), ids=[str(1 + k // 4)], annotator=k % 4, annotation=lambda: annotation)
             for k in range(8)]
 
 
@@ -1843,24 +1854,60 @@ def test_davis_protocols(tmp_path):
     by_hand = np.mean(match_objects(merged, annotation), 0)
     assert [found["annotator 3"][c] for c in ("J", "F")] == pytest.approx(list(by_hand))
     assert found["protocol A"]["J"] == pytest.approx((200 + 2 * by_hand[0]) / 4)
-    write_davis(tmp_path, samples)
+    write_davis(tmp_path, samples, {sample.name for sample in samples})
     frames = [np.array(Image.open(tmp_path / f"anno_2/v/{name}.png")) for name in samples[0].names]
     assert (np.array(frames) == merged).all()
 
 
-def test_davis_protocol_a_finds_nothing_where_there_is_no_prediction(tmp_path):
+def test_davis_protocol_a_scores_0_where_there_is_no_prediction(tmp_path):
     annotation, _ = davis_video(0)
+    annotation[1][annotation[1] == 1] = 0                                           # nothing to find there, which is no merit
     samples = davis_samples(annotation)
     for sample in samples[1:]:
         write_prediction(tmp_path, sample, sample.read_masks()[0])
+    (tmp_path / "Annotations/v/5/00005.png").write_bytes(b"")                       # annotator 1's second object
     results = score_predictions("refdavis", samples, tmp_path)
-    merged = np.where(annotation == 2, 2, 0).astype(np.uint8)
-    assert results["missing"] == 1 and results["subsets"]["annotator 1"]["J"] == 100
+    assert results["missing"] == len(results["broken"]) == 1
+    J = [results["subsets"][f"annotator {k}"]["J"] for k in range(4)]
+    assert J == pytest.approx([50, 50, 100, 100])
     rows = [dict(J=12.346, F=20.0), dict(J=12.348, F=20.001)]                       # protocol B rounds at the end
     assert evaluation.davis_subsets(rows)["protocol B"] == {"J": 12.35, "F": 20.0, "J&F": 16.17, "expressions": 2}
-    assert results["subsets"]["annotator 0"]["J"] == pytest.approx(np.mean(match_objects(merged, annotation), 0)[0])
-    write_davis(tmp_path, samples)
+    write_davis(tmp_path, samples, evaluation.readable(results["expressions"]))
+    merged = np.where(annotation == 2, 2, 0).astype(np.uint8)
     assert (np.array(Image.open(tmp_path / "anno_0/v/00005.png")) == merged[1]).all()
+
+
+def test_a_broken_annotation_of_davis_scores_its_video_0_and_is_named(copy, tmp_path):
+    root = copy("refdavis")
+    samples = open_real("refdavis", "valid", root)
+    for sample in samples:
+        write_prediction(tmp_path, sample, sample.read_masks()[0])
+    path = root / "valid/Annotations" / samples[0].video / "00003.png"
+    path.write_bytes(path.read_bytes()[:60])
+    results = score_predictions("refdavis", samples, tmp_path)
+    here = [sample for sample in samples if sample.video == samples[0].video]
+    assert len(results["broken"]) == len(here) and all(str(path) in message for message in results["broken"])
+    whole = 1 - len(here) / len(samples)                                            # of the objects
+    assert results["subsets"]["protocol A"]["J"] == pytest.approx(100 * whole) and 0 < whole < 1
+    write_davis(tmp_path, samples, evaluation.readable(results["expressions"]))
+    assert [folder.name for folder in (tmp_path / "anno_0").iterdir()] == [samples[-1].video]
+
+
+def test_reasonvos_scores_the_frames_that_have_a_mask(copy, tmp_path):
+    root = copy("reasonvos")
+    sample = open_real("reasonvos", "test", root)[0]
+    runs = [encode(mask) for mask in sample.read_masks()[0]]
+    write_prediction(tmp_path, sample, sample.read_masks()[0])
+    mask = root / "Annotations" / sample.extra["folder"] / f"{sample.names[2]}.png"
+    mask.unlink()
+    (Path(prediction_folder(tmp_path, sample)) / mask.name).write_bytes(b"")
+    sample = open_real("reasonvos", "test", root)[0]
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({sample.video: {sample.expression: dict(prediction_masks=[*runs[:2], None, *runs[3:]])}}))
+    for source in (tmp_path, found):
+        results = score_predictions("reasonvos", [sample], source)
+        assert results["summary"]["overall J&F"] == 100 and not results["broken"]
+    assert len(sample.read_masks()[0]) == len(sample.names) - 1 and len(load(sample, most_frames=2).masks[0]) == 2
 
 
 def test_mevis_weighs_expressions_and_counts_what_is_missing(tmp_path):
@@ -1878,6 +1925,7 @@ def test_mevis_weighs_expressions_and_counts_what_is_missing(tmp_path):
     assert results["missing"] == 1 and len(results["broken"]) == 1
     assert [row["name"] for row in results["expressions"]] == [sample.name for sample in samples]
     text = score_table(json.loads(json.dumps(results)))                             # results.json can be printed again
+    assert "no prediction, scored 0 (S: 1): 1 of 4" in score_table(results | dict(bench="refavs"))
     assert "no prediction, scored 0: 1 of 4 expressions" in text and "00005.png is 12 x 17, its frame 12 x 16" in text
     assert f"{results['summary']['overall J&F']:.2f}" in text
 
@@ -1890,7 +1938,7 @@ def test_every_benchmark_rates_the_truth_and_nothing_at_all(bench, tmp_path):
         true = np.zeros((1, 1 if bench.startswith(("refcoco", "reasonseg")) else 2, 64, 64), bool)
         true[..., 8:40, 8:40] = kind not in ("hallucination", "null")
         annotation = true[0].astype(np.uint8)
-        samples.append(a_sample(true, str(i), kind=kind, objects=1 + i // 6, foreground=lambda true=true: true[:1],
+        samples.append(a_sample(true, str(i), kind=kind, ids=["1"], objects=1 + i // 6, foreground=lambda true=true: true[:1],
                                 ignore=lambda true=true: true & False, annotator=i % 4,
                                 annotation=lambda annotation=annotation: annotation))
     nothing = score_predictions(bench, samples, tmp_path)
@@ -1960,7 +2008,7 @@ def test_an_interrupted_expression_is_not_finished(tmp_path, monkeypatch):
         patch.setattr(Image.Image, "save", interrupted)
         write_prediction(tmp_path, sample, masks)
     assert read_prediction(tmp_path, sample, (9, 11)) is None
-    with zipfile.ZipFile(zip_predictions("revos", tmp_path)) as archive:
+    with zipfile.ZipFile(zip_predictions("revos", [sample], tmp_path, tmp_path)) as archive:
         assert archive.namelist() == []
     write_prediction(tmp_path, sample, masks)
     assert (read_prediction(tmp_path, sample, (9, 11)) == masks).all()
@@ -1997,16 +2045,19 @@ def test_a_picture_without_a_readable_prediction_counts_its_area_in_ciou(tmp_pat
 @pytest.mark.parametrize("bench, top", [("mevis", "b/0/"), ("refytvos", "Annotations/b/0/")])
 def test_archives_are_as_their_servers_take_them(tmp_path, bench, top):
     masks = blobs(0, 2, 9, 11)
-    for video in "ba":
-        write_prediction(tmp_path, a_sample(masks[None], video=video), masks)
-    path = zip_predictions(bench, tmp_path)
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        assert top + "00005.png" in names and len(names) == 4 and names == sorted(names)
-        with archive.open(top + "00000.png") as file:
-            assert (np.array(Image.open(file)) == 255 * masks[0]).all()
-    with pytest.raises(FileNotFoundError, match="no predictions to pack"):
-        zip_predictions(bench, tmp_path / "elsewhere")
+    samples = [a_sample(masks[None], video=video) for video in "bca"]
+    for sample in samples:
+        write_prediction(tmp_path / "theirs", sample, masks)
+    (tmp_path / "out").mkdir()
+    for directory in ("theirs", "theirs/Annotations"):
+        with zipfile.ZipFile(zip_predictions(bench, samples[::2], tmp_path / directory, tmp_path / "out")) as archive:
+            names = archive.namelist()
+            assert top + "00005.png" in names and len(names) == 4 and names == sorted(names)
+            with archive.open(top + "00000.png") as file:
+                assert (np.array(Image.open(file)) == 255 * masks[0]).all()
+    assert [path.name for path in tmp_path.rglob("*.zip")] == [f"{bench}.zip"] and (tmp_path / f"out/{bench}.zip").exists()
+    with pytest.raises(FileNotFoundError, match="no folder of predictions to pack"):
+        zip_predictions(bench, samples, tmp_path / "elsewhere", tmp_path)
 
 
 def encode(mask):
@@ -2029,11 +2080,21 @@ def test_predictions_in_one_json(tmp_path):
     (tmp_path / "found.json").write_text(json.dumps({"v": found}))
     (broken,) = score_predictions("revos", samples, tmp_path / "found.json")["broken"]
     assert "prediction_masks of bench/v/1 are not a list of 3" in broken
+    for masks, reason in (([3] * 3, "the prediction of bench/v/1"), ([[]] * 3, "the prediction of bench/v/1"), (5, "bench/v/1 are not a list"),
+                          ([dict(size=[9, 11], counts=[[1], 2])] * 3, "cannot use the prediction of bench/v/1")):
+        found["1"]["prediction_masks"] = masks
+        (tmp_path / "found.json").write_text(json.dumps({"v": found}))
+        results = score_predictions("revos", samples, tmp_path / "found.json")
+        assert len(results["broken"]) == 1 and reason in results["broken"][0]
+    found["1"]["prediction_masks"] = [None] * 3                                     # empty masks
+    (tmp_path / "found.json").write_text(json.dumps({"v": found}))
+    results, nothing = score_predictions("revos", samples, tmp_path / "found.json"), np.zeros((3, 9, 11), bool)
+    assert not results["broken"] and results["expressions"][1]["J"] == score_revos(samples[1], true[1], nothing)["J"]
 
 
 @pytest.mark.parametrize("content, error, message", [
     (None, FileNotFoundError, "no such directory or .json of predictions"), ('{"v": {', ValueError, "cannot use"),
-    ("[1]", ValueError, "cannot use")])
+    ("[1]", ValueError, "cannot use"), *((text, ValueError, ": v in ") for text in ('{"v": []}', '{"v": {"0": [1]}}', '{"v": 3}'))])
 def test_what_is_no_set_of_predictions_is_named(tmp_path, content, error, message):
     path = tmp_path / "found.json"
     if content:
@@ -3060,7 +3121,7 @@ def test_questions_by_hand(kind, answer, true, expected):
 
 
 def evaluate_here(out, *arguments):
-    evaluation.main([*map(str, arguments), "--out", str(out), "--max_new_tokens", "48", "--device", "cpu"])
+    evaluation.main(["--max_new_tokens", "48", "--device", "cpu", *map(str, arguments), "--out", str(out)])
     return json.loads((out / "results.json").read_text())
 
 
@@ -3082,14 +3143,55 @@ def test_an_evaluation_goes_on_where_it_was_cut_off_and_scores_what_others_predi
 
 
 def test_predictions_of_another_run_are_not_taken_for_ones_own(data_root, tmp_path, capsys):
-    common = ["--bench", "revos", "--data_root", data_root, "--limit", 2]
-    evaluate_here(tmp_path, *common)
-    shutil.copytree(TOY_POLICY, tmp_path / "other")
-    for arguments, named in ((["--bench", "mevis", *common[2:]], "bench revos, not mevis"), ([*common, "--policy", tmp_path / "other"], "other")):
+    def refused(*arguments):
         with pytest.raises(SystemExit) as stop:
-            evaluate_here(tmp_path, *arguments)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and named in error and str(tmp_path) in error
+            evaluate_here(out, *arguments)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+    out, policy = tmp_path / "out", tmp_path / "policy"
+    shutil.copytree(TOY_POLICY, policy)
+    common = ["--bench", "revos", "--data_root", data_root, "--limit", 2, "--policy", policy]
+    assert "nowhere" in refused(*common[:-1], "nowhere") and "nobody" in refused(*common, "--system2", "reference", "nobody")
+    evaluate_here(out, *common)                                          # those left no claim
+    assert "already there" not in capsys.readouterr().out
+    evaluate_here(out, *common[:-3], 3, *common[-2:])
+    assert "2 of 3 expressions were already there" in capsys.readouterr().out
+    for arguments, named in ((["--bench", "mevis"], "bench revos, not mevis"), (["--policy", TOY_POLICY], f"policy {policy}, not "),
+                             (["--split", "train"], "split valid, not train"), (["--max_new_tokens", 7], "max_new_tokens 48, not 7"),
+                             (["--system2", "reference", policy], "system2 ['policy'], not "), (["--sam2_weights", policy], "sam2_weights ")):
+        assert named in (error := refused(*common, *arguments)) and str(out) in error
+    root = shutil.copytree(data_root / "revos", tmp_path / "revos")
+    assert f"data {data_root / 'revos'}, not {root}" in refused(*common, "--revos_root", root)
+    weights = policy / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))            # trained again
+    assert "policy_weights" in refused(*common)
+
+
+@pytest.mark.parametrize("bench", ["mevis", "refytvos"])
+def test_exports_count_what_is_missing_and_pack_what_is_hidden(bench, minis, tmp_path, capsys):
+    split = {"mevis": "valid_u,valid", "refytvos": "valid"}[bench]
+    hidden = open_real(bench, "valid", minis(bench))
+    public = open_real(bench, "valid_u", minis(bench)) if bench == "mevis" else []
+    for sample in public + hidden[1:]:
+        write_prediction(tmp_path / "theirs", sample, np.zeros((len(sample.names), CANVAS, CANVAS), bool))
+    Path(prediction_folder(tmp_path / "theirs", hidden[1]), f"{hidden[1].names[3]}.png").unlink()
+    common = ["--bench", bench, "--split", split, "--data_root", minis(bench).parent, "--predictions", tmp_path / "theirs", "--zip"]
+    results, printed = evaluate_here(tmp_path / "out", *common), capsys.readouterr().out
+    assert f"no prediction: 2 of {len(hidden)}" in printed and results["hidden"] == dict(expressions=len(hidden), missing=2)
+    assert len(results.get("expressions", [])) == len(public) and "partial" not in printed
+    with zipfile.ZipFile(tmp_path / f"out/{bench}.zip") as archive:
+        assert len(archive.namelist()) == sum(len(sample.names) for sample in hidden[1:]) - 1
+    assert not list((tmp_path / "theirs").rglob("*.zip"))
+    evaluate_here(tmp_path / "out", *common, "--limit", len(public) + 2)
+    assert f"(partial: --limit {len(public) + 2}, of {len(public + hidden)} expressions)" in capsys.readouterr().out
+
+
+def test_predicting_refdavis_writes_the_official_folders(minis, tmp_path):
+    samples = open_real("refdavis", "valid", minis("refdavis"))[:4]
+    evaluate_here(tmp_path, "--bench", "refdavis", "--data_root", minis("refdavis").parent, "--limit", 4)
+    for k, sample in enumerate(samples):
+        labels = [np.array(Image.open(tmp_path / f"anno_{k}" / sample.video / f"{name}.png")) for name in sample.names]
+        assert np.array_equal(np.array(labels), read_prediction(tmp_path, sample, (CANVAS, CANVAS)))
 
 
 def test_processes_share_an_evaluation(data_root, tmp_path):
@@ -3172,6 +3274,9 @@ OUT_OF_LIMITS = dict(
     *((["train.py", "--policy", name], f"{name}/training.json") for name in ("listed", "torn", "unknown", "typed", "chosen")),
     (["train.py", "--policy", "limited"], "--group 1: must be "),
     (["eval.py", "--bench", "coco"], "coco"), (["eval.py", "--system2", "somebody"], "somebody"),
+    *(([*"eval.py --bench toy --policy nowhere".split(), *flag], flag[0]) for flag in (
+        ["--predictions", "a"], ["--limit", "2"], ["--zip"], ["--data_root", "a"], ["--revos_root", "a"])),
+    *((["eval.py", "--bench", "revos", flag, "3"], flag) for flag in ("--clips", "--against")),
     (["eval.py", "--bench", "revos", "--data_root", "nowhere"], "nowhere"), (["train.py", "--data", "revos", "--data_root", "nowhere"], "nowhere"),
     (["train.py", "--data", "refdavis"], "--data refdavis: refdavis is nothing to train on (known: toy, revos, mevis, refavs, ref"),
     (["train.py", "--data", "toy,"], "--data toy,: an empty name is nothing to train on"),

@@ -74,7 +74,8 @@ def revos(root, videos):
 def mevis(root, videos):
     for split in ("train", "valid_u", "valid"):
         meta, table, keys = {}, {}, ("exp",) if split == "valid" else ("exp", "obj_id", "anno_id")
-        for key, scene, names in write_clips(f"{root}/{split}/JPEGImages", split, range(videos), "{:012x}"):
+        clips = range(videos, 2 * videos) if split == "valid" else range(videos)                 # those of valid_u are other ones
+        for key, scene, names in write_clips(f"{root}/{split}/JPEGImages", split, clips, "{:012x}"):
             expressions = annotate(scene, table, ("referring", "reasoning"))
             meta[key] = dict(frames=names, expressions={id: {k: e[k] for k in keys} for id, e in expressions.items()})
         put(dict(videos=meta), root, split, "meta_expressions.json")
