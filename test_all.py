@@ -713,6 +713,8 @@ def test_refavs_rows(minis):
 
 @pytest.mark.parametrize("name", ["refcoco", "refcoco+", "refcocog", "reasonseg"])
 def test_pictures_read_back_to_the_toy_masks(name, minis):
+    everything = [sample.name for split in DATASETS[name][1] for sample in open_real(name, split, minis(name))]
+    assert len(set(everything)) == len(everything)                       # splits given together share an --out
     for split in DATASETS[name][1]:
         samples = open_real(name, split, minis(name))
         found = list(toy_mini.stills(split, 2))
@@ -725,7 +727,6 @@ def test_pictures_read_back_to_the_toy_masks(name, minis):
                 _, masks, _ = found[int(Path(sample.video).name)]
                 ignored = sample.extra["ignore"]()[0, 0]
                 assert np.array_equal(ignored, masks[1] if len(masks) > 1 else np.zeros_like(masks[0]))
-        assert len({sample.name for sample in samples}) == len(samples)
         texts = {sample.query for sample in samples}
         assert any("voilà" in text for text in texts) == (name == "reasonseg" and split == "train")     # one of them in cp1252
 
@@ -877,12 +878,12 @@ MALFORMED = [
     ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(pickle.dumps([Evil()])), "holds builtins.print, not plain"),
     ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(p.read_bytes()[:99]), "cannot use"),
     *(("refcoco", "val", "refcoco/refs(unc).p", lambda p, value=value: p.write_bytes(pickle.dumps(value)), message)
-      for value, message in ((5, "a list expected"), ([5], "no 'split' in"), ([dict(split="val", ref_id=1, ann_id=[1])], "'ann_id' is a list"),
-                             ([dict(split="val", ref_id=1, ann_id=1, image_id=[1])], "'image_id' is a list"))),
+      for value, message in ((5, "a list expected"), ([5], "no 'split' in"),
+                             ([dict(split="val", ref_id=1, ann_id=[1])], "'ann_id' is a list"), ([dict(split="val", ref_id=1, ann_id=1, image_id=[1])], "'image_id' is a list"))),
     ("refcoco", "val", "refcoco/instances.json", lambda p: edit(p, lambda v: v["annotations"].clear()), "no [0-9]+ in"),
     ("reasonseg", "val", "val/0.json", lambda p: p.write_text('{"text": ["a"]'), "JSONDecodeError"),
     ("reasonseg", "val", "val/0.json", lambda p: edit(p, lambda v: v.pop("shapes")), "no 'shapes' in"),
-    *(("reasonseg", "val", "val/0.json", lambda p, text=text: edit(p, lambda v: v.update(text=text)), "'text' is no list of phrasings")
+    *(("reasonseg", "val", "val/0.json", lambda p, text=text: edit(p, lambda v: v.update(text=text)), "'text' is no list of")
       for text in ([], [None])),
     ("refdavis", "valid", "meta_expressions/valid/meta_expressions.json",
      lambda p: p.write_text(p.read_text().replace('"obj_id": "1"', '"obj_id": "one"', 1)), "obj_id is no number in .*toy-3/0"),
@@ -1790,8 +1791,8 @@ def test_boxes_are_found_above_one_half():
     true[0, 0, 5, 5:15] = true[1, 0, 5:15, 5] = True                                # the box around both has 10 x 10 pixels
     for width, found in ((0, False), (5, False), (6, True), (10, True)):
         pred[0, 5, 5:5 + width] = pred[0, 14, 5:5 + width] = True
-        row = BENCHES["refcocog"]["score"](a_sample(true), true, pred)
-        assert row["found"] is found and BENCHES["refcocog"]["subsets"]([row | dict(kind="")])["overall"]["Acc@0.5"] == 100 * found
+        row = BENCHES["refcocog"]["score"](a_sample(true), true, pred) | dict(kind="")
+        assert row["found"] is found and BENCHES["refcocog"]["subsets"]([row])["overall"]["Acc@0.5"] == 100 * found
 
 
 def test_reasonseg_takes_ignore_both_ways():
@@ -2080,8 +2081,8 @@ def test_predictions_in_one_json(tmp_path):
     (tmp_path / "found.json").write_text(json.dumps({"v": found}))
     (broken,) = score_predictions("revos", samples, tmp_path / "found.json")["broken"]
     assert "prediction_masks of bench/v/1 are not a list of 3" in broken
-    for masks, reason in (([3] * 3, "the prediction of bench/v/1"), ([[]] * 3, "the prediction of bench/v/1"), (5, "bench/v/1 are not a list"),
-                          ([dict(size=[9, 11], counts=[[1], 2])] * 3, "cannot use the prediction of bench/v/1")):
+    for masks, reason in (([3] * 3, "the prediction of bench/v/1"), ([[]] * 3, "the prediction of bench/v/1"),
+                          (5, "bench/v/1 are not a list"), ([dict(size=[9, 11], counts=[[1], 2])] * 3, "cannot use the prediction of bench/v/1")):
         found["1"]["prediction_masks"] = masks
         (tmp_path / "found.json").write_text(json.dumps({"v": found}))
         results = score_predictions("revos", samples, tmp_path / "found.json")
@@ -2094,7 +2095,8 @@ def test_predictions_in_one_json(tmp_path):
 
 @pytest.mark.parametrize("content, error, message", [
     (None, FileNotFoundError, "no such directory or .json of predictions"), ('{"v": {', ValueError, "cannot use"),
-    ("[1]", ValueError, "cannot use"), *((text, ValueError, ": v in ") for text in ('{"v": []}', '{"v": {"0": [1]}}', '{"v": 3}'))])
+    ("[1]", ValueError, "cannot use"),
+    *((text, ValueError, ": v in ") for text in ('{"v": []}', '{"v": {"0": [1]}}', '{"v": 3}'))])
 def test_what_is_no_set_of_predictions_is_named(tmp_path, content, error, message):
     path = tmp_path / "found.json"
     if content:
@@ -3156,9 +3158,10 @@ def test_predictions_of_another_run_are_not_taken_for_ones_own(data_root, tmp_pa
     assert "already there" not in capsys.readouterr().out
     evaluate_here(out, *common[:-3], 3, *common[-2:])
     assert "2 of 3 expressions were already there" in capsys.readouterr().out
-    for arguments, named in ((["--bench", "mevis"], "bench revos, not mevis"), (["--policy", TOY_POLICY], f"policy {policy}, not "),
-                             (["--split", "train"], "split valid, not train"), (["--max_new_tokens", 7], "max_new_tokens 48, not 7"),
-                             (["--system2", "reference", policy], "system2 ['policy'], not "), (["--sam2_weights", policy], "sam2_weights ")):
+    for arguments, named in (
+            (["--bench", "mevis"], "bench revos, not mevis"), (["--policy", TOY_POLICY], f"policy {policy}, not "),
+            (["--split", "train"], "split valid, not train"), (["--max_new_tokens", 7], "max_new_tokens 48, not 7"),
+            (["--system2", "reference", policy], "system2 ['policy'], not "), (["--sam2_weights", policy], "sam2_weights ")):
         assert named in (error := refused(*common, *arguments)) and str(out) in error
     root = shutil.copytree(data_root / "revos", tmp_path / "revos")
     assert f"data {data_root / 'revos'}, not {root}" in refused(*common, "--revos_root", root)
