@@ -12,6 +12,8 @@ is to be seen; the share of well-formed answers. `--against OTHER/results.json` 
 of the same toy clips, with its 95 % interval.
 """
 import argparse
+import glob
+import hashlib
 import json
 import math
 import os
@@ -33,7 +35,7 @@ from tqdm import tqdm
 from data import BadInput, Parser, Processor, add_roots, at_least, dataset_root, fail, load, open_real, open_toy, read_json, \
     reading, rle_mask, roots_given
 from model import Thinker
-from rewards import format_reward
+from rewards import box_iou, format_reward, mask_box
 from segment import TOY_POLICY, TOY_SAM2, Tracker, device, find_config, plugged, segment
 
 COLUMNS = ("J", "F", "J&F", "visible", "format")
@@ -103,9 +105,12 @@ PARTIAL = ".partial"     # ends the names of what is not finished
 
 def prediction_folder(directory, sample):
     """Where the prediction of a sample lies below a directory that may or may not have the level Annotations."""
+    return os.path.join(_top(directory), sample.extra.get("folder", sample.video), sample.expression)
+
+
+def _top(directory):
     inner = os.path.join(directory, "Annotations")
-    video = sample.extra.get("folder", sample.video)             # ReasonVOS: <source>_<video>_<object>
-    return os.path.join(inner if os.path.isdir(inner) else directory, video, sample.expression)
+    return inner if os.path.isdir(inner) else directory
 
 
 def write_prediction(out, sample, masks):
@@ -129,20 +134,37 @@ def open_predictions(path):
         raise FileNotFoundError(f"no such directory or .json of predictions: {path}")
     if os.path.isdir(path):
         return path
-    return read_json(path)
+    videos = read_json(path)
+    for video, found in videos.items():
+        if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
+            raise BadInput(f"not {{video: {{expression: {{\"prediction_masks\": [...]}}}}}}: {video} in {path}")
+    return videos
 
 
 def read_prediction(source, sample, size):
     """bool [T, H, W] of a sample, None if there is nothing of it.
 
-    source  a directory, or {video: {expression: {"prediction_masks": [run lengths of each frame]}}} (open_predictions).
-    size  (H, W) of the frames. Raises ValueError naming the frame that is missing, broken or of another size."""
+    source  a directory, or {video: {expression: {"prediction_masks": [run lengths of each frame, or null]}}} (open_predictions).
+    size  (H, W) of the frames. Raises ValueError naming the frame that is missing, broken or of another size. T frames are
+    sample.extra["scored"] where not all of them count."""
     if isinstance(source, dict):
         return _from_json(source, sample, size)
     folder = prediction_folder(source, sample)
     if not os.path.isdir(folder):
         return None
-    return np.stack([_read_mask(os.path.join(folder, f"{name}.png"), size) for name in sample.names])
+    return np.stack([_read_mask(os.path.join(folder, f"{name}.png"), size) for name in scored_names(sample)])
+
+
+def scored_names(sample):
+    return sample.extra.get("scored", sample.names)
+
+
+def is_whole(source, sample):
+    """Whether all frames of a sample have a prediction, which is not read."""
+    if isinstance(source, dict):
+        return sample.expression in source.get(sample.video, {})
+    folder = prediction_folder(source, sample)
+    return all(os.path.isfile(os.path.join(folder, f"{name}.png")) for name in sample.names)
 
 
 def _read_mask(path, size):
@@ -164,25 +186,26 @@ def _from_json(source, sample, size):
     runs = found.get("prediction_masks")
     if not isinstance(runs, list) or len(runs) != len(sample.names):
         raise BadInput(f"prediction_masks of {sample.name} are not a list of {len(sample.names)}, one per frame")
-    masks = np.stack([rle_mask(rle, f"the prediction of {sample.name}") for rle in runs])
+    where = f"the prediction of {sample.name}"
+    with reading(where):
+        runs = [runs[sample.names.index(name)] for name in scored_names(sample)]
+        masks = np.stack([np.zeros(size, bool) if rle is None else rle_mask(rle, where) for rle in runs])
     if masks.shape[1:] != tuple(size):
         raise BadInput(f"prediction of {sample.name}: masks of {masks.shape[1]} x {masks.shape[2]}, its frames of {size[0]} x "
                        f"{size[1]}")
     return masks
 
 
-def zip_predictions(bench, out):
-    """OUT/BENCH.zip of OUT/Annotations as the benchmark's server takes it; returns its path."""
-    root, path = os.path.join(out, "Annotations"), os.path.join(out, f"{bench}.zip")
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"no predictions to pack: {root}")
-    start = root if bench == "mevis" else out                    # the videos of MeViS are the top of its archive
+def zip_predictions(bench, samples, directory, out):
+    """OUT/BENCH.zip of the samples' predictions as the benchmark's server takes them; returns its path."""
+    if not os.path.isdir(_top(directory)):
+        raise FileNotFoundError(f"no folder of predictions to pack: {_top(directory)}")
+    path = os.path.join(out, f"{bench}.zip")
+    top = "" if bench == "mevis" else "Annotations"              # the videos of MeViS are the top of its archive
+    files = [os.path.join(prediction_folder(directory, sample), f"{name}.png") for sample in samples for name in sample.names]
     with zipfile.ZipFile(path + PARTIAL, "w") as archive:        # stored: the pictures are compressed already
-        for folder, inner, names in os.walk(root):
-            inner[:] = sorted(name for name in inner if not name.endswith(PARTIAL))
-            for name in sorted(names):
-                file = os.path.join(folder, name)
-                archive.write(file, os.path.relpath(file, start))
+        for file in sorted(filter(os.path.isfile, files)):
+            archive.write(file, os.path.join(top, os.path.relpath(file, _top(directory))))
     os.replace(path + PARTIAL, path)
     return path
 
@@ -256,9 +279,12 @@ def region_f(pred, true):
 
 
 def score_picture(sample, true, pred):
-    """RefCOCO, +, g: pixels of intersection I and union U, and IoU, 1 where both masks are empty."""
+    """RefCOCO, +, g: pixels of intersection I and union U, and IoU, 1 where both masks are empty; whether the boxes around the
+    masks have an IoU above 0.5."""
     I, U = _overlap(true, pred)
-    return dict(I=I, U=U, IoU=100 * (I / (U + 1e-5) + (U == 0 and pred is not None)))
+    boxed = pred is not None and true.any() and pred.any()
+    found = bool(boxed and box_iou(mask_box(true.any((0, 1))), mask_box(pred[0]))[0, 0] > 0.5)
+    return dict(I=I, U=U, IoU=100 * (I / (U + 1e-5) + (U == 0 and pred is not None)), found=found)
 
 
 def score_reasonseg(sample, true, pred):
@@ -291,8 +317,8 @@ def mean_row(rows, columns=("J", "F")):
 
 
 def mean_picture(rows):
-    """gIoU, the mean of the IoUs, and cIoU, all intersections over all unions."""
-    values = dict(expressions=len(rows))
+    """gIoU, the mean of the IoUs, cIoU, all intersections over all unions, and Acc@0.5, the share of boxes found."""
+    values = {"expressions": len(rows), "Acc@0.5": 100 * float(np.mean([row["found"] for row in rows]))}
     for end in ("", "_fg") if "I_fg" in rows[0] else ("",):
         I, U, ious = (np.array([row[key + end] for row in rows], float) for key in ("I", "U", "IoU"))
         values |= {"gIoU" + end: float(ious.mean()), "cIoU" + end: float(100 * I.sum() / (U.sum() + 1e-10))}
@@ -350,14 +376,21 @@ def davis_subsets(rows):
 
 def davis_protocol_a(samples, source, readable):
     """{subset: columns}: the unsupervised evaluation of DAVIS 2017, objects weighing the same, for each annotator's
-    expressions and their mean. What is not in `readable` (names) has found nothing; officially the evaluation ends there.
+    expressions and their mean. The object of what is not in `readable` (names) scores 0, and so does all of a video whose
+    annotation is broken; officially the evaluation ends there.
 
-    sample.extra: "annotator" 0 to 3; "annotation" () -> uint8 [T, H, W], objects 1, 2, ..., 255 for void."""
+    sample.extra: "annotator" 0 to 3; "annotation" () -> uint8 [T, H, W], objects 1, 2, ..., 255 for void; "ids": [its number]."""
     objects = {}
     for (annotator, video), group in annotator_videos(samples).items():
-        annotation = group[0].extra["annotation"]()
-        found = indexed_masks(group, source, annotation.shape, readable)
-        objects.setdefault(annotator, []).extend(match_objects(found, annotation))
+        try:
+            annotation = group[0].extra["annotation"]()
+        except BadInput:                                         # each of its rows names it
+            scores = [(0.0, 0.0)] * len(group)
+        else:
+            found = indexed_masks(group, source, annotation.shape, readable)
+            missing = [(p, int(sample.extra["ids"][0])) for p, sample in enumerate(group, 1) if sample.name not in readable]
+            scores = match_objects(found, annotation, missing)
+        objects.setdefault(annotator, []).extend(scores)
     found = {f"annotator {k}": mean_row([dict(J=J, F=F) for J, F in many]) for k, many in sorted(objects.items())}
     mean = mean_row([row for row in found.values() if row["expressions"]])
     return {"protocol A": mean | dict(expressions=len(samples))} | found
@@ -381,8 +414,9 @@ def indexed_masks(group, source, shape, readable):
     return indexed
 
 
-def match_objects(found, annotation):
-    """(J, F) of every true object of one video, in per cent, under the assignment with the best sum of J and F.
+def match_objects(found, annotation, missing=()):
+    """(J, F) of every true object of one video, in per cent, under the assignment with the best sum of J and F. missing: pairs
+    (proposal, object) that score 0 whatever they are matched with, as there is no prediction.
 
     found, annotation  uint8 [T, H, W]. True objects are those up to the highest index on the first frame. Void pixels
     belong to no mask. Proposals are as many as the highest index found, and at least as many as objects."""
@@ -393,17 +427,22 @@ def match_objects(found, annotation):
     for p, o in np.ndindex(proposals, objects):
         pred, true = (found == p + 1) & ~void, annotation == o + 1
         table[:, p, o] = region_similarity(pred, true).mean(), boundary_accuracy(pred, true).mean()
+    for p, o in missing:
+        table[:, p - 1:p], table[:, :, o - 1:o] = 0, 0
     rows, columns = linear_sum_assignment(table.sum(0), maximize=True)
     return [tuple(100 * table[:, p, o]) for p, o in zip(rows, columns)]
 
 
-def write_davis(out, samples):
-    """OUT/anno_0 ... anno_3/<video>/<frame>.png, indexed, from OUT/Annotations: what the DAVIS 2017 evaluation takes."""
+def write_davis(out, samples, readable):
+    """OUT/anno_0 ... anno_3/<video>/<frame>.png, indexed, from OUT/Annotations: what the DAVIS 2017 evaluation takes. A video
+    without a readable prediction is left out."""
     for (annotator, video), group in annotator_videos(samples).items():
+        if not any(sample.name in readable for sample in group):
+            continue
         shape = group[0].extra["annotation"]().shape
         folder = os.path.join(out, f"anno_{annotator}", video)
         os.makedirs(folder, exist_ok=True)
-        for name, indices in zip(group[0].names, indexed_masks(group, out, shape, {sample.name for sample in group})):
+        for name, indices in zip(group[0].names, indexed_masks(group, out, shape, readable)):
             Image.fromarray(indices).save(os.path.join(folder, f"{name}.png"))
 
 
@@ -411,8 +450,8 @@ def write_davis(out, samples):
 # Benchmarks
 # ---------------------------------------------------------------------------------------------------------------------
 VIDEO = dict(score=score_video, subsets=by_kind, columns=("J", "F", "J&F"), split="valid")
-PICTURE = dict(score=score_picture, subsets=lambda rows: by_kind(rows, mean_picture), columns=("gIoU", "cIoU"), split="val",
-               task="image")
+PICTURE = dict(score=score_picture, subsets=lambda rows: by_kind(rows, mean_picture), columns=("gIoU", "cIoU", "Acc@0.5"),
+               split="val", task="image")
 BENCHES = {
     "revos": VIDEO | dict(score=score_revos, subsets=revos_subsets, columns=("J", "F", "J&F", "A", "R", "A_x255", "R_x255")),
     "mevis": VIDEO | dict(split="valid_u"), "reasonvos": VIDEO | dict(split="test"),
@@ -455,11 +494,16 @@ def total(bench, samples, rows, source):
     subsets  {subset: {column: value, "expressions": count}}; summary  the same flat, {"subset column": value}."""
     subsets = BENCHES[bench]["subsets"](rows)
     if bench == "refdavis":
-        subsets = davis_protocol_a(samples, source, {row["name"] for row in rows if row["problem"] is None}) | subsets
+        subsets = davis_protocol_a(samples, source, readable(rows)) | subsets
     summary = {f"{name} {c}": row[c] for name, row in subsets.items() for c in BENCHES[bench]["columns"] if c in row}
     problems = [row["problem"] for row in rows if row["problem"]]
     return dict(bench=bench, summary=summary, subsets=subsets, expressions=rows, missing=problems.count("missing"),
                 broken=[problem for problem in problems if problem != "missing"])
+
+
+def readable(rows):
+    """Names of the samples whose prediction, and truth, could be read."""
+    return {row["name"] for row in rows if row["problem"] is None}
 
 
 def score_table(results):
@@ -469,10 +513,11 @@ def score_table(results):
     for name, row in results["subsets"].items():
         cells = ["" if row.get(c) is None else f"{row[c]:.3f}" if c == "S" else f"{row[c]:.2f}" for c in columns]
         lines.append(f"{name:14}" + "".join(f"{cell:>9}" for cell in cells) + f"{row['expressions']:13}")
+    worst = "scored 0 (S: 1)" if "S" in columns else "scored 0"
     if results["missing"]:
-        lines.append(f"no prediction, scored 0: {results['missing']} of {count} expressions")
+        lines.append(f"no prediction, {worst}: {results['missing']} of {count} expressions")
     if results["broken"]:
-        lines.append(f"cannot be read, scored 0: {len(results['broken'])} of {count} expressions, first: {results['broken'][0]}")
+        lines.append(f"cannot be read, {worst}: {len(results['broken'])} of {count} expressions, first: {results['broken'][0]}")
     return "\n".join(lines)
 
 
@@ -554,7 +599,7 @@ def main(arguments=None):
                         help="who grounds: policy, reference DIR (another Thinker), or FILE.py with a function boxes (README)")
     parser.add_argument("--sam2", help="SAM2 config; by default told by the weights' name")
     parser.add_argument("--sam2_weights", default=TOY_SAM2)
-    parser.add_argument("--clips", type=at_least(1), default=200, help="how many clips of the toy world")
+    parser.add_argument("--clips", type=at_least(1), help="how many clips of the toy world (default: 200)")
     parser.add_argument("--limit", type=at_least(1), help="only the first so many expressions, for a quick look")
     parser.add_argument("--zip", action="store_true", help="packs the predictions for the benchmark's server")
     parser.add_argument("--batch", type=at_least(1), default=16, help="clips at a time")
@@ -562,7 +607,12 @@ def main(arguments=None):
     parser.add_argument("--against", help="results.json of another evaluation, for the paired difference")
     parser.add_argument("--out", default="out/eval")
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.set_defaults(data_root=None)
     a = parser.parse_args(arguments)
+    foreign = ("predictions", "limit", "zip", "data_root", *(f"{folder}_root" for folder in roots_given(a)))
+    for name in foreign if a.bench == "toy" else ("clips", "against"):
+        if getattr(a, name):
+            parser.error(f"--{name} means nothing to --bench {a.bench}")
     try:
         run_toy(a) if a.bench == "toy" else run_bench(a)
     except (OSError, BadInput) as error:
@@ -587,7 +637,7 @@ def load_models(a):
 
 
 def run_toy(a):
-    data, written = open_toy(a.split or "test", a.clips), os.path.join(a.out, "results.json")
+    data, written = open_toy(a.split or "test", a.clips or 200), os.path.join(a.out, "results.json")
     if a.against and os.path.realpath(a.against) == os.path.realpath(written):
         raise BadInput(f"{written} would replace what it is compared with; give another --out")
     others = read_others(a.against, data.names) if a.against else None
@@ -609,54 +659,89 @@ def run_toy(a):
 def run_bench(a):
     """A real benchmark: predicts what is not yet predicted, every process its share, then scores."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    root = dataset_root(a.bench, a.data_root, roots_given(a))
+    root = dataset_root(a.bench, a.data_root or ".", roots_given(a))
     splits = (a.split or BENCHES[a.bench]["split"]).split(",")
-    samples = [sample for split in splits for sample in open_real(a.bench, split, root)][:a.limit]
+    whole = [sample for split in splits for sample in open_real(a.bench, split, root)]
+    samples = whole[:a.limit]
     os.makedirs(a.out, exist_ok=True)
     if a.predictions is None:
-        claim(a)
+        claim = claimed(a, root)
+        done = len(samples) - len(unpredicted(a.out, samples))
+        if done and rank == 0:
+            print(f"{done} of {len(samples)} expressions were already there")
         if world > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=7))           # only to wait for each other at the end
         if a.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        predict(a, samples[rank::world], rank)
+        predict(a, samples[rank::world], claim, rank)
         if world > 1:
             dist.barrier()
-    if rank > 0:
-        return
-    predictions = a.predictions or a.out
+    if rank == 0:
+        conclude(a, splits, samples, len(whole))
+
+
+def conclude(a, splits, samples, count):
+    """Scores what has public masks, counts what is for a server, and packs. count: of the expressions, also those that --limit
+    leaves out."""
+    predictions, written = a.predictions or a.out, os.path.join(a.out, "results.json")
     report = dict(bench=a.bench, split=splits, policy=None if a.predictions else a.policy, predictions=predictions)
-    if all(sample.read_masks for sample in samples):
-        results = score_predictions(a.bench, samples, predictions)
+    scored, hidden = ([sample for sample in samples if bool(sample.read_masks) == public] for public in (True, False))
+    if scored or not hidden:
+        results = score_predictions(a.bench, scored, predictions)
         print(score_table(results))
         report |= results
-    else:
-        print(f"the true masks of {a.bench} {','.join(splits)} are not public: send the predictions to its server")
-    write(report, os.path.join(a.out, "results.json"))
+        if a.bench == "refdavis" and not a.predictions:
+            write_davis(a.out, scored, readable(results["expressions"]))
+    if hidden:
+        source = open_predictions(predictions)
+        missing = sum(not is_whole(source, sample) for sample in hidden)
+        print(f"{len(hidden)} expressions are for the server, their true masks are not public")
+        print(f"no prediction: {missing} of {len(hidden)}")
+        report["hidden"] = dict(expressions=len(hidden), missing=missing)
+    write(report, written)
     if a.zip:
-        print(f"packed: {zip_predictions(a.bench, predictions)}")
-    print(f"written: {a.out}/results.json")
+        part = f" (partial: --limit {a.limit}, of {count} expressions)" if len(samples) < count else ""
+        print(f"packed: {zip_predictions(a.bench, hidden or samples, predictions, a.out)}{part}")
+    print(f"written: {written}")
 
 
-def claim(a):
-    """Notes in OUT/run.json whose predictions are there, as they are never made twice. Raises BadInput where they are another's."""
+def claimed(a, root):
+    """What OUT/run.json says, or is to say, of whose predictions are there, as they are never made twice. Raises BadInput where
+    it says something else."""
     path = os.path.join(a.out, "run.json")
-    ours = dict(bench=a.bench, policy=os.path.realpath(a.policy), system2=a.system2, sam2_weights=os.path.realpath(a.sam2_weights))
+    ours = dict(bench=a.bench, split=a.split or BENCHES[a.bench]["split"], data=os.path.realpath(root),
+                policy=os.path.realpath(a.policy), policy_weights=fingerprint(a.policy), system2=a.system2,
+                system2_weights=fingerprint(*a.system2[1:]), sam2_weights=os.path.realpath(a.sam2_weights),
+                max_new_tokens=a.max_new_tokens)
     theirs = read_json(path) if os.path.exists(path) else ours
     for key, value in ours.items():
         if theirs.get(key) != value:
             raise BadInput(f"{a.out} holds predictions with {key} {theirs.get(key)}, not {value}: give another --out")
-    write(ours, f"{path}{PARTIAL}{os.getpid()}")
-    os.replace(f"{path}{PARTIAL}{os.getpid()}", path)            # whole at any time, as all processes do this
+    return ours
 
 
-def predict(a, samples, rank):
+def fingerprint(*directories):
+    """Another one when weights in the directories have changed, by their names, sizes and times."""
+    patterns = [os.path.join(glob.escape(directory), "*.safetensors") for directory in directories]
+    facts = [(os.path.basename(file), os.stat(file).st_size, os.stat(file).st_mtime_ns)
+             for pattern in patterns for file in sorted(glob.glob(pattern))]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+
+
+def unpredicted(out, samples):
+    return [sample for sample in samples if not os.path.isdir(prediction_folder(out, sample))]
+
+
+def predict(a, samples, claim, rank):
     """Writes the masks of every sample that has none yet, and what System 1 said to OUT/answers-RANK.jsonl. One that cannot be
     read is named, and stays without."""
-    todo = [sample for sample in samples if not os.path.isdir(prediction_folder(a.out, sample))]
+    todo = unpredicted(a.out, samples)
     if not todo:
         return
-    models = load_models(a)
+    models = load_models(a)                                      # claims OUT only if they are there
+    path = os.path.join(a.out, "run.json")
+    write(claim, f"{path}{PARTIAL}{os.getpid()}")
+    os.replace(f"{path}{PARTIAL}{os.getpid()}", path)            # whole at any time, as all processes do this
     with open(os.path.join(a.out, f"answers-{rank}.jsonl"), "a") as answers, \
             tqdm(total=len(samples), initial=len(samples) - len(todo), desc=a.bench, unit="expression", disable=rank > 0) as bar:
         for first in range(0, len(todo), a.batch):

@@ -35,7 +35,7 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniVisionEncoder,
 )
 
-from data import BadInput, check_policy_folder, one_line, read_json, reading
+from data import POLICY_EXPECTED, BadInput, check_policy_folder, one_line, read_json, reading
 
 VISION_PATCHES = 65536  # patches that the vision tower sees at once: bounds its activations (0.9 GB for an MLP of the 7B)
 PREFILL_TOKENS = 32768  # padded prompt tokens computed at once before generation: bounds its activations
@@ -628,7 +628,7 @@ class Thinker(nn.Module):
             model.lm_head.weight = model.model.embed_tokens.weight
         missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if missing:
-            raise BadInput(f"{path} lacks {len(missing)} of the Thinker's weights, the first is {missing[0]}")
+            raise BadInput(f"{path} lacks {len(missing)} of the Thinker's weights, the first is {missing[0]}; {POLICY_EXPECTED}")
         return model
 
     def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None,

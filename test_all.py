@@ -687,7 +687,7 @@ def test_videos_read_back_to_the_toy_masks(name, split, minis):
 
 
 def test_videos_without_masks_are_read(minis):
-    for name, key in (("mevis", "000000000001"), ("refytvos", "0000000001")):
+    for name, key in (("mevis", "000000000003"), ("refytvos", "0000000001")):
         samples = open_real(name, "valid", minis(name))
         assert len({sample.video for sample in samples}) == 2            # refytvos: those of test are left out
         clip = load(next(sample for sample in samples if sample.video == key))
@@ -699,9 +699,7 @@ def test_revos_in_both_layouts(copy):
     assert sum(rle is None for rles in json.loads((root / "mask_dict.json").read_text()).values() for rle in rles) > 0
     first = open_real("revos", "valid", root)
     masks = [sample.read_masks() for sample in first]
-    for folder in (root / "JPEGImages").iterdir():
-        folder.rename(root / folder.name)
-    (root / "JPEGImages").rmdir()
+    (root / "JPEGImages/OVIS").rename(root / "OVIS")                          # each video may lie in either
     second = open_real("revos", "valid", root)
     assert all(np.array_equal(m, sample.read_masks()) for m, sample in zip(masks, second, strict=True))
     assert {sample.video: sample.names[:2] for sample in second} == {
@@ -732,6 +730,8 @@ def test_refavs_rows(minis):
 
 @pytest.mark.parametrize("name", ["refcoco", "refcoco+", "refcocog", "reasonseg"])
 def test_pictures_read_back_to_the_toy_masks(name, minis):
+    everything = [sample.name for split in DATASETS[name][1] for sample in open_real(name, split, minis(name))]
+    assert len(set(everything)) == len(everything)                       # splits given together share an --out
     for split in DATASETS[name][1]:
         samples = open_real(name, split, minis(name))
         found = list(toy_mini.stills(split, 2))
@@ -741,10 +741,9 @@ def test_pictures_read_back_to_the_toy_masks(name, minis):
             true = [mask for _, masks, things in found for mask, thing in zip(masks, things) if thing in sample.query]
             assert any(np.array_equal(clip.masks[0, 0], mask) for mask in true)
             if name == "reasonseg":
-                _, masks, _ = found[int(sample.video)]
+                _, masks, _ = found[int(Path(sample.video).name)]
                 ignored = sample.extra["ignore"]()[0, 0]
                 assert np.array_equal(ignored, masks[1] if len(masks) > 1 else np.zeros_like(masks[0]))
-        assert len({sample.name for sample in samples}) == len(samples)
         texts = {sample.query for sample in samples}
         assert any("voilà" in text for text in texts) == (name == "reasonseg" and split == "train")     # one of them in cp1252
 
@@ -887,13 +886,22 @@ MALFORMED = [
     ("revos", "valid", "meta_expressions_valid_.json",
      lambda p: edit(p, lambda v: v["videos"][FIRST]["expressions"]["2"].update(type_id=7)), f"type_id 7 .*: {FIRST}/2"),
     ("refavs", "val", "metadata.csv", lambda p: p.write_text(p.read_text().replace("fid", "object", 1)), "no column 'fid'"),
-    ("refavs", "val", "metadata.csv", lambda p: p.write_text("vid,uid,split,fid,exp\na,a_b_1,val,0\n"), "row 0 is incomplete"),
-    ("refavs", "val", "metadata.csv", lambda p: p.write_text(p.read_text() + '"' + "no end," * 30000), "not valid CSV"),
-    ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(pickle.dumps([Evil()])), "not a pickle of plain.*print"),
-    ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(p.read_bytes()[:99]), "not a pickle of plain data"),
+    *(("refavs", "val", "metadata.csv", lambda p, row=row: p.write_text("vid,uid,split,fid,exp\n" + row), "row 0 does not fit")
+      for row in ("a,a_b_1,val,0\n", "a\n", "a,a_b_1,val,0,a dog,barking\n")),
+    ("refavs", "val", "metadata.csv", lambda p: p.write_text("vid,uid,split,fid,exp\na,a_b,val,0,a dog"), "uid of row 0"),
+    *(("refavs", "val", "metadata.csv", lambda p, at=at: p.write_bytes(p.read_bytes()[:at] + b"\xff" + p.read_bytes()[at:]),
+       "UnicodeDecodeError") for at in (3, -3)),
+    ("refavs", "val", "metadata.csv", lambda p: p.write_text(p.read_text() + '"' + "no end," * 30000), "field larger"),
+    ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(pickle.dumps([Evil()])), "holds builtins.print, not plain"),
+    ("refcoco", "val", "refcoco/refs(unc).p", lambda p: p.write_bytes(p.read_bytes()[:99]), "cannot use"),
+    *(("refcoco", "val", "refcoco/refs(unc).p", lambda p, value=value: p.write_bytes(pickle.dumps(value)), message)
+      for value, message in ((5, "a list expected"), ([5], "no 'split' in"),
+                             ([dict(split="val", ref_id=1, ann_id=[1])], "'ann_id' is a list"), ([dict(split="val", ref_id=1, ann_id=1, image_id=[1])], "'image_id' is a list"))),
     ("refcoco", "val", "refcoco/instances.json", lambda p: edit(p, lambda v: v["annotations"].clear()), "no [0-9]+ in"),
     ("reasonseg", "val", "val/0.json", lambda p: p.write_text('{"text": ["a"]'), "JSONDecodeError"),
     ("reasonseg", "val", "val/0.json", lambda p: edit(p, lambda v: v.pop("shapes")), "no 'shapes' in"),
+    *(("reasonseg", "val", "val/0.json", lambda p, text=text: edit(p, lambda v: v.update(text=text)), "'text' is no list of")
+      for text in ([], [None])),
     ("refdavis", "valid", "meta_expressions/valid/meta_expressions.json",
      lambda p: p.write_text(p.read_text().replace('"obj_id": "1"', '"obj_id": "one"', 1)), "obj_id is no number in .*toy-3/0"),
     ("refytvos", "valid", "meta_expressions/test/meta_expressions.json", lambda p: p.unlink(), "no such file"),
@@ -909,6 +917,33 @@ def test_a_malformed_file_is_named_in_one_line(name, split, file, damage, messag
     assert str(root / file) in str(error.value) and "\n" not in str(error.value)
     code, broken, _ = run_check(name, split, root, capsys)
     assert code == 1 and len(broken) == 1 and str(root / file) in broken[0]      # and nothing that the pickle prints
+
+
+def test_a_broken_parquet_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+    toy_mini.write_mini(str(tmp_path / "refcocog_2k_840"), videos=2)
+    file, = (tmp_path / "refcocog_2k_840/data").iterdir()
+    whole, content = parquet.read_table(file), file.read_bytes()
+
+    def samples(column=None, values=None):
+        if column:
+            i = whole.schema.names.index(column)
+            parquet.write_table(whole.set_column(i, column, pyarrow.array(values)), file)
+        data_file._parquet.cache_clear()
+        return open_real("refcocog_2k_840", "train", tmp_path / "refcocog_2k_840")
+    for values in ([3, 4], [None, "a"]):
+        for column in ("id", "problem", "solution"):
+            with pytest.raises(BadInput, match=f"'{column}' is a .* in row 0: {file}"):
+                samples(column, values)
+    for values in ([5, 6], [dict(bytes=None), dict(bytes=b"")], [[1], []]):
+        with pytest.raises(BadInput, match=f"cannot use {file}#0"):
+            load(samples("image", values)[0])
+    damaged, chunk = bytearray(content), parquet.ParquetFile(io.BytesIO(content)).metadata.row_group(0).column(0)
+    damaged[chunk.data_page_offset:chunk.data_page_offset + 20] = b"\xff" * 20
+    file.write_bytes(damaged)
+    with pytest.raises(BadInput, match=f"cannot use {file}"):
+        samples()
 
 
 def test_unknown_names_and_splits():
@@ -984,6 +1019,10 @@ FAULTS = [
      "mask of shape .8, 8., .*fid_0/00004.png"),
     ("refavs", "val", refavs("gt_mask", "fid_0", shutil.rmtree), "no such folder of masks: .*fid_0"),
     ("reasonseg", "val", lambda root: (root / "val/0.jpg").write_bytes(b""), "0/0: cannot read image: .*val/0.jpg"),
+    *(("reasonseg", "val", lambda root, points=points: edit(root / "val/0.json", lambda v: v["shapes"][0].update(points=points)),
+       "0/0: .*val/0.json: shape 0") for points in ([[1, 2], 3], [[1, 2], [3, None]], [])),
+    ("refcoco", "val", lambda root: edit(root / "refcoco/instances.json", lambda v: [
+        a.update(segmentation=[["a"] * 6]) for a in v["annotations"]]), "cannot use .*instances.json .reference"),
     ("reasonvos", "test", lambda root: shutil.rmtree(root / "Annotations/mevis_toy_0_0"),
      "cannot read mask: .*_0_0/00000.png"),
     ("refdavis", "valid", lambda root: Image.new("RGB", (128, 128)).save(root / "valid/Annotations/toy-3/00000.png"),
@@ -1060,6 +1099,29 @@ def test_check_of_a_dataset_that_is_not_there(tmp_path, capsys):
         data_file.main(["check", "--bench", "revos", "--data_root", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 1 and all("mask_dict.json" in line for line in lines) and len(lines) == 2
+
+
+def test_a_miniature_replaces_nothing(tmp_path, capsys):
+    (tmp_path / "reasonseg").mkdir()
+    data_file.main(["mini", "--bench", "reasonseg", "--videos", "1", "--out", str(tmp_path)])     # an empty folder is no harm
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    with pytest.raises(SystemExit) as stop:
+        data_file.main(["mini", "--bench", "reasonseg", "--videos", "2", "--out", str(tmp_path)])
+    error, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and str(tmp_path / "reasonseg") in error
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+
+def test_a_sound_that_ends_early_is_broken_in_training_and_heard_in_evaluation(copy):
+    root = copy("refavs")
+    (source,), _ = data_file.training_sources("refavs", None, dict(refavs=root), 0)
+    path = Path(source.items[0][0].sound)
+    wavfile.write(path, 16000, np.zeros(48000, np.int16))
+    clip = data_file.read_clip(source, source.items[0], np.random.default_rng(0))
+    assert "sound of 3.0 s, video of 10.0 s" in clip.fault and str(path) in clip.fault
+    assert len(load(source.items[0][0]).sound) == 48000
+    wavfile.write(path, 16000, np.zeros(160000, np.int16))
+    assert not data_file.read_clip(source, source.items[0], np.random.default_rng(0)).fault
 
 
 # ------------------------------------------------------------------------------------------------ reading text
@@ -1639,9 +1701,19 @@ def test_pictures_against_sets():
     found = BENCHES["refcocog"]["subsets"](rows)["overall"]
     assert found["gIoU"] == pytest.approx(100 * np.mean([len(p & t) / (len(p | t) + 1e-5) if p | t else 1 for p, t in sets]))
     assert found["cIoU"] == pytest.approx(100 * sum(len(p & t) for p, t in sets) / sum(len(p | t) for p, t in sets))
+    assert found["Acc@0.5"] == 100 * np.mean([row["found"] for row in rows])
     none = BENCHES["refcocog"]["score"](a_sample(true[0]), true[0], None)
-    assert none == dict(I=0, U=len(sets[0][1]), IoU=0)                              # its area counts in cIoU
+    assert none == dict(I=0, U=len(sets[0][1]), IoU=0, found=False)                 # its area counts in cIoU
     assert BENCHES["refcocog"]["score"](a_sample(true[2]), true[2], None)["IoU"] == 0
+
+
+def test_boxes_are_found_above_one_half():
+    true, pred = np.zeros((2, 1, 20, 20), bool), np.zeros((1, 20, 20), bool)
+    true[0, 0, 5, 5:15] = true[1, 0, 5:15, 5] = True                                # the box around both has 10 x 10 pixels
+    for width, found in ((0, False), (5, False), (6, True), (10, True)):
+        pred[0, 5, 5:5 + width] = pred[0, 14, 5:5 + width] = True
+        row = BENCHES["refcocog"]["score"](a_sample(true), true, pred) | dict(kind="")
+        assert row["found"] is found and BENCHES["refcocog"]["subsets"]([row])["overall"]["Acc@0.5"] == 100 * found
 
 
 def test_reasonseg_takes_ignore_both_ways():
@@ -1687,7 +1759,7 @@ def test_davis_matches_objects_as_well_as_any_permutation(seed):
 
 def davis_samples(annotation):
     """Two objects of one video, four annotators each."""
-    return [a_sample((annotation == 1 + k // 4)[None], str(k), annotator=k % 4, annotation=lambda: annotation)
+    return [a_sample((annotation == 1 + k // 4)[None], str(k), ids=[str(1 + k // 4)], annotator=k % 4, annotation=lambda: annotation)
             for k in range(8)]
 
 
@@ -1704,24 +1776,60 @@ def test_davis_protocols(tmp_path):
     by_hand = np.mean(match_objects(merged, annotation), 0)
     assert [found["annotator 3"][c] for c in ("J", "F")] == pytest.approx(list(by_hand))
     assert found["protocol A"]["J"] == pytest.approx((200 + 2 * by_hand[0]) / 4)
-    write_davis(tmp_path, samples)
+    write_davis(tmp_path, samples, {sample.name for sample in samples})
     frames = [np.array(Image.open(tmp_path / f"anno_2/v/{name}.png")) for name in samples[0].names]
     assert (np.array(frames) == merged).all()
 
 
-def test_davis_protocol_a_finds_nothing_where_there_is_no_prediction(tmp_path):
+def test_davis_protocol_a_scores_0_where_there_is_no_prediction(tmp_path):
     annotation, _ = davis_video(0)
+    annotation[1][annotation[1] == 1] = 0                                           # nothing to find there, which is no merit
     samples = davis_samples(annotation)
     for sample in samples[1:]:
         write_prediction(tmp_path, sample, sample.read_masks()[0])
+    (tmp_path / "Annotations/v/5/00005.png").write_bytes(b"")                       # annotator 1's second object
     results = score_predictions("refdavis", samples, tmp_path)
-    merged = np.where(annotation == 2, 2, 0).astype(np.uint8)
-    assert results["missing"] == 1 and results["subsets"]["annotator 1"]["J"] == 100
+    assert results["missing"] == len(results["broken"]) == 1
+    J = [results["subsets"][f"annotator {k}"]["J"] for k in range(4)]
+    assert J == pytest.approx([50, 50, 100, 100])
     rows = [dict(J=12.346, F=20.0), dict(J=12.348, F=20.001)]                       # protocol B rounds at the end
     assert evaluation.davis_subsets(rows)["protocol B"] == {"J": 12.35, "F": 20.0, "J&F": 16.17, "expressions": 2}
-    assert results["subsets"]["annotator 0"]["J"] == pytest.approx(np.mean(match_objects(merged, annotation), 0)[0])
-    write_davis(tmp_path, samples)
+    write_davis(tmp_path, samples, evaluation.readable(results["expressions"]))
+    merged = np.where(annotation == 2, 2, 0).astype(np.uint8)
     assert (np.array(Image.open(tmp_path / "anno_0/v/00005.png")) == merged[1]).all()
+
+
+def test_a_broken_annotation_of_davis_scores_its_video_0_and_is_named(copy, tmp_path):
+    root = copy("refdavis")
+    samples = open_real("refdavis", "valid", root)
+    for sample in samples:
+        write_prediction(tmp_path, sample, sample.read_masks()[0])
+    path = root / "valid/Annotations" / samples[0].video / "00003.png"
+    path.write_bytes(path.read_bytes()[:60])
+    results = score_predictions("refdavis", samples, tmp_path)
+    here = [sample for sample in samples if sample.video == samples[0].video]
+    assert len(results["broken"]) == len(here) and all(str(path) in message for message in results["broken"])
+    whole = 1 - len(here) / len(samples)                                            # of the objects
+    assert results["subsets"]["protocol A"]["J"] == pytest.approx(100 * whole) and 0 < whole < 1
+    write_davis(tmp_path, samples, evaluation.readable(results["expressions"]))
+    assert [folder.name for folder in (tmp_path / "anno_0").iterdir()] == [samples[-1].video]
+
+
+def test_reasonvos_scores_the_frames_that_have_a_mask(copy, tmp_path):
+    root = copy("reasonvos")
+    sample = open_real("reasonvos", "test", root)[0]
+    runs = [encode(mask) for mask in sample.read_masks()[0]]
+    write_prediction(tmp_path, sample, sample.read_masks()[0])
+    mask = root / "Annotations" / sample.extra["folder"] / f"{sample.names[2]}.png"
+    mask.unlink()
+    (Path(prediction_folder(tmp_path, sample)) / mask.name).write_bytes(b"")
+    sample = open_real("reasonvos", "test", root)[0]
+    found = tmp_path / "found.json"
+    found.write_text(json.dumps({sample.video: {sample.expression: dict(prediction_masks=[*runs[:2], None, *runs[3:]])}}))
+    for source in (tmp_path, found):
+        results = score_predictions("reasonvos", [sample], source)
+        assert results["summary"]["overall J&F"] == 100 and not results["broken"]
+    assert len(sample.read_masks()[0]) == len(sample.names) - 1 and len(load(sample, most_frames=2).masks[0]) == 2
 
 
 def test_mevis_weighs_expressions_and_counts_what_is_missing(tmp_path):
@@ -1739,6 +1847,7 @@ def test_mevis_weighs_expressions_and_counts_what_is_missing(tmp_path):
     assert results["missing"] == 1 and len(results["broken"]) == 1
     assert [row["name"] for row in results["expressions"]] == [sample.name for sample in samples]
     text = score_table(json.loads(json.dumps(results)))                             # results.json can be printed again
+    assert "no prediction, scored 0 (S: 1): 1 of 4" in score_table(results | dict(bench="refavs"))
     assert "no prediction, scored 0: 1 of 4 expressions" in text and "00005.png is 12 x 17, its frame 12 x 16" in text
     assert f"{results['summary']['overall J&F']:.2f}" in text
 
@@ -1751,7 +1860,7 @@ def test_every_benchmark_rates_the_truth_and_nothing_at_all(bench, tmp_path):
         true = np.zeros((1, 1 if bench.startswith(("refcoco", "reasonseg")) else 2, 64, 64), bool)
         true[..., 8:40, 8:40] = kind not in ("hallucination", "null")
         annotation = true[0].astype(np.uint8)
-        samples.append(a_sample(true, str(i), kind=kind, objects=1 + i // 6, foreground=lambda true=true: true[:1],
+        samples.append(a_sample(true, str(i), kind=kind, ids=["1"], objects=1 + i // 6, foreground=lambda true=true: true[:1],
                                 ignore=lambda true=true: true & False, annotator=i % 4,
                                 annotation=lambda annotation=annotation: annotation))
     nothing = score_predictions(bench, samples, tmp_path)
@@ -1821,7 +1930,7 @@ def test_an_interrupted_expression_is_not_finished(tmp_path, monkeypatch):
         patch.setattr(Image.Image, "save", interrupted)
         write_prediction(tmp_path, sample, masks)
     assert read_prediction(tmp_path, sample, (9, 11)) is None
-    with zipfile.ZipFile(zip_predictions("revos", tmp_path)) as archive:
+    with zipfile.ZipFile(zip_predictions("revos", [sample], tmp_path, tmp_path)) as archive:
         assert archive.namelist() == []
     write_prediction(tmp_path, sample, masks)
     assert (read_prediction(tmp_path, sample, (9, 11)) == masks).all()
@@ -1858,16 +1967,19 @@ def test_a_picture_without_a_readable_prediction_counts_its_area_in_ciou(tmp_pat
 @pytest.mark.parametrize("bench, top", [("mevis", "b/0/"), ("refytvos", "Annotations/b/0/")])
 def test_archives_are_as_their_servers_take_them(tmp_path, bench, top):
     masks = blobs(0, 2, 9, 11)
-    for video in "ba":
-        write_prediction(tmp_path, a_sample(masks[None], video=video), masks)
-    path = zip_predictions(bench, tmp_path)
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        assert top + "00005.png" in names and len(names) == 4 and names == sorted(names)
-        with archive.open(top + "00000.png") as file:
-            assert (np.array(Image.open(file)) == 255 * masks[0]).all()
-    with pytest.raises(FileNotFoundError, match="no predictions to pack"):
-        zip_predictions(bench, tmp_path / "elsewhere")
+    samples = [a_sample(masks[None], video=video) for video in "bca"]
+    for sample in samples:
+        write_prediction(tmp_path / "theirs", sample, masks)
+    (tmp_path / "out").mkdir()
+    for directory in ("theirs", "theirs/Annotations"):
+        with zipfile.ZipFile(zip_predictions(bench, samples[::2], tmp_path / directory, tmp_path / "out")) as archive:
+            names = archive.namelist()
+            assert top + "00005.png" in names and len(names) == 4 and names == sorted(names)
+            with archive.open(top + "00000.png") as file:
+                assert (np.array(Image.open(file)) == 255 * masks[0]).all()
+    assert [path.name for path in tmp_path.rglob("*.zip")] == [f"{bench}.zip"] and (tmp_path / f"out/{bench}.zip").exists()
+    with pytest.raises(FileNotFoundError, match="no folder of predictions to pack"):
+        zip_predictions(bench, samples, tmp_path / "elsewhere", tmp_path)
 
 
 def encode(mask):
@@ -1890,11 +2002,22 @@ def test_predictions_in_one_json(tmp_path):
     (tmp_path / "found.json").write_text(json.dumps({"v": found}))
     (broken,) = score_predictions("revos", samples, tmp_path / "found.json")["broken"]
     assert "prediction_masks of bench/v/1 are not a list of 3" in broken
+    for masks, reason in (([3] * 3, "the prediction of bench/v/1"), ([[]] * 3, "the prediction of bench/v/1"),
+                          (5, "bench/v/1 are not a list"), ([dict(size=[9, 11], counts=[[1], 2])] * 3, "cannot use the prediction of bench/v/1")):
+        found["1"]["prediction_masks"] = masks
+        (tmp_path / "found.json").write_text(json.dumps({"v": found}))
+        results = score_predictions("revos", samples, tmp_path / "found.json")
+        assert len(results["broken"]) == 1 and reason in results["broken"][0]
+    found["1"]["prediction_masks"] = [None] * 3                                     # empty masks
+    (tmp_path / "found.json").write_text(json.dumps({"v": found}))
+    results, nothing = score_predictions("revos", samples, tmp_path / "found.json"), np.zeros((3, 9, 11), bool)
+    assert not results["broken"] and results["expressions"][1]["J"] == score_revos(samples[1], true[1], nothing)["J"]
 
 
 @pytest.mark.parametrize("content, error, message", [
     (None, FileNotFoundError, "no such directory or .json of predictions"), ('{"v": {', ValueError, "cannot use"),
-    ("[1]", ValueError, "cannot use")])
+    ("[1]", ValueError, "cannot use"),
+    *((text, ValueError, ": v in ") for text in ('{"v": []}', '{"v": {"0": [1]}}', '{"v": 3}'))])
 def test_what_is_no_set_of_predictions_is_named(tmp_path, content, error, message):
     path = tmp_path / "found.json"
     if content:
@@ -2449,14 +2572,14 @@ THINKER = '{"model_type": "qwen2_5_omni", "thinker_config": %s}'
                    THINKER % '{"model_type": "qwen2_5_omni_thinker", "text_config": {"num_attention_heads": 0}}',
                    THINKER % '{"model_type": "qwen2_5_omni_thinker", "text_config": {"rope_parameters": {"rope_theta": 1}}}')),
     (shutil.rmtree, FileNotFoundError, "hf download Qwen/Qwen2.5-Omni-7B --local-dir"),
-    (lambda path: (path / "config.json").unlink(), FileNotFoundError, "holds no config.json"),
+    (lambda path: (path / "config.json").unlink(), FileNotFoundError, "no such file: .*config.json; expected .*hf download"),
     (lambda path: (path / "config.json").write_text('{"model_type": "qwen2_5_omni_talker"}'), ValueError,
      "describes a qwen2_5_omni_talker model; expected qwen2_5_omni"),
     (lambda path: (path / "config.json").write_text('{"model_type": "qwen2_5_omni"}'), ValueError,
      "thinker_config"),
     (lambda path: (path / "model.safetensors.index.json").unlink(), FileNotFoundError, "holds no weights"),
     (lambda path: (path / "model-00002-of-00003.safetensors").unlink(), FileNotFoundError, "00002-of-00003.*missing"),
-    (drop_thinker_weights, ValueError, r"lacks \d+ of the Thinker's weights, the first is "),
+    (drop_thinker_weights, ValueError, r"lacks \d+ of the Thinker's weights, the first is .*; expected .*hf download"),
     (lambda path: save_file({"thinker.extra": torch.ones(1)}, path / "model-00003-of-00003.safetensors"), ValueError,
      "does not have: extra"),
 ])
@@ -2978,7 +3101,7 @@ def test_questions_by_hand(kind, answer, true, expected):
 
 
 def evaluate_here(out, *arguments):
-    evaluation.main([*map(str, arguments), "--out", str(out), "--max_new_tokens", "48", "--device", "cpu"])
+    evaluation.main(["--max_new_tokens", "48", "--device", "cpu", *map(str, arguments), "--out", str(out)])
     return json.loads((out / "results.json").read_text())
 
 
@@ -3000,14 +3123,56 @@ def test_an_evaluation_goes_on_where_it_was_cut_off_and_scores_what_others_predi
 
 
 def test_predictions_of_another_run_are_not_taken_for_ones_own(data_root, tmp_path, capsys):
-    common = ["--bench", "revos", "--data_root", data_root, "--limit", 2]
-    evaluate_here(tmp_path, *common)
-    shutil.copytree(TOY_POLICY, tmp_path / "other")
-    for arguments, named in ((["--bench", "mevis", *common[2:]], "bench revos, not mevis"), ([*common, "--policy", tmp_path / "other"], "other")):
+    def refused(*arguments):
         with pytest.raises(SystemExit) as stop:
-            evaluate_here(tmp_path, *arguments)
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and named in error and str(tmp_path) in error
+            evaluate_here(out, *arguments)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+    out, policy = tmp_path / "out", tmp_path / "policy"
+    shutil.copytree(TOY_POLICY, policy)
+    common = ["--bench", "revos", "--data_root", data_root, "--limit", 2, "--policy", policy]
+    assert "nowhere" in refused(*common[:-1], "nowhere") and "nobody" in refused(*common, "--system2", "reference", "nobody")
+    evaluate_here(out, *common)                                          # those left no claim
+    assert "already there" not in capsys.readouterr().out
+    evaluate_here(out, *common[:-3], 3, *common[-2:])
+    assert "2 of 3 expressions were already there" in capsys.readouterr().out
+    for arguments, named in (
+            (["--bench", "mevis"], "bench revos, not mevis"), (["--policy", TOY_POLICY], f"policy {policy}, not "),
+            (["--split", "train"], "split valid, not train"), (["--max_new_tokens", 7], "max_new_tokens 48, not 7"),
+            (["--system2", "reference", policy], "system2 ['policy'], not "), (["--sam2_weights", policy], "sam2_weights ")):
+        assert named in (error := refused(*common, *arguments)) and str(out) in error
+    root = shutil.copytree(data_root / "revos", tmp_path / "revos")
+    assert f"data {data_root / 'revos'}, not {root}" in refused(*common, "--revos_root", root)
+    weights = policy / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))            # trained again
+    assert "policy_weights" in refused(*common)
+
+
+@pytest.mark.parametrize("bench", ["mevis", "refytvos"])
+def test_exports_count_what_is_missing_and_pack_what_is_hidden(bench, minis, tmp_path, capsys):
+    split = {"mevis": "valid_u,valid", "refytvos": "valid"}[bench]
+    hidden = open_real(bench, "valid", minis(bench))
+    public = open_real(bench, "valid_u", minis(bench)) if bench == "mevis" else []
+    for sample in public + hidden[1:]:
+        write_prediction(tmp_path / "theirs", sample, np.zeros((len(sample.names), CANVAS, CANVAS), bool))
+    Path(prediction_folder(tmp_path / "theirs", hidden[1]), f"{hidden[1].names[3]}.png").unlink()
+    common = ["--bench", bench, "--split", split, "--data_root", minis(bench).parent, "--predictions", tmp_path / "theirs", "--zip"]
+    results, printed = evaluate_here(tmp_path / "out", *common), capsys.readouterr().out
+    assert f"no prediction: 2 of {len(hidden)}" in printed and results["hidden"] == dict(expressions=len(hidden), missing=2)
+    assert len(results.get("expressions", [])) == len(public) and "partial" not in printed
+    with zipfile.ZipFile(tmp_path / f"out/{bench}.zip") as archive:
+        assert len(archive.namelist()) == sum(len(sample.names) for sample in hidden[1:]) - 1
+    assert not list((tmp_path / "theirs").rglob("*.zip"))
+    evaluate_here(tmp_path / "out", *common, "--limit", len(public) + 2)
+    assert f"(partial: --limit {len(public) + 2}, of {len(public + hidden)} expressions)" in capsys.readouterr().out
+
+
+def test_predicting_refdavis_writes_the_official_folders(minis, tmp_path):
+    samples = open_real("refdavis", "valid", minis("refdavis"))[:4]
+    evaluate_here(tmp_path, "--bench", "refdavis", "--data_root", minis("refdavis").parent, "--limit", 4)
+    for k, sample in enumerate(samples):
+        labels = [np.array(Image.open(tmp_path / f"anno_{k}" / sample.video / f"{name}.png")) for name in sample.names]
+        assert np.array_equal(np.array(labels), read_prediction(tmp_path, sample, (CANVAS, CANVAS)))
 
 
 def test_processes_share_an_evaluation(data_root, tmp_path):
@@ -3090,8 +3255,14 @@ OUT_OF_LIMITS = dict(
     *((["train.py", "--policy", name], f"{name}/training.json") for name in ("listed", "torn", "unknown", "typed", "chosen")),
     (["train.py", "--policy", "limited"], "--group 1: must be "),
     (["eval.py", "--bench", "coco"], "coco"), (["eval.py", "--system2", "somebody"], "somebody"),
+    *(([*"eval.py --bench toy --policy nowhere".split(), *flag], flag[0]) for flag in (
+        ["--predictions", "a"], ["--limit", "2"], ["--zip"], ["--data_root", "a"], ["--revos_root", "a"])),
+    *((["eval.py", "--bench", "revos", flag, "3"], flag) for flag in ("--clips", "--against")),
     (["eval.py", "--bench", "revos", "--data_root", "nowhere"], "nowhere"), (["train.py", "--data", "revos", "--data_root", "nowhere"], "nowhere"),
-    (["train.py", "--data", "refdavis"], "refdavis"), (["eval.py", "--policy", "nowhere"], "nowhere"),
+    (["train.py", "--data", "refdavis"], "--data refdavis: refdavis is nothing to train on (known: toy, revos, mevis, refavs, ref"),
+    (["train.py", "--data", "toy,"], "--data toy,: an empty name is nothing to train on"),
+    *(([program, "--policy", "out"], "expected a directory of Qwen2.5-Omni") for program in ("train.py", "eval.py", "segment.py")),
+    (["eval.py", "--policy", "nowhere"], "nowhere"),
     *((line.split(), line.split()[1]) for line in (
         "eval.py --clips 0", "eval.py --batch -1", "eval.py --max_new_tokens many", "eval.py --device tpu",
         "segment.py --index -1", "segment.py --max_new_tokens 0", "segment.py --device tpu")),

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import wavfile
 
-from data import CANVAS, FPS, REFER_UMD, REFER_UNC, SAMPLE_RATE, SIDE, _pyarrow, toy_queries, toy_scene
+from data import CANVAS, FPS, REFER_UMD, REFER_UNC, SAMPLE_RATE, SIDE, BadInput, _pyarrow, toy_queries, toy_scene
 
 
 def put(content, *path):
@@ -74,7 +74,8 @@ def revos(root, videos):
 def mevis(root, videos):
     for split in ("train", "valid_u", "valid"):
         meta, table, keys = {}, {}, ("exp",) if split == "valid" else ("exp", "obj_id", "anno_id")
-        for key, scene, names in write_clips(f"{root}/{split}/JPEGImages", split, range(videos), "{:012x}"):
+        clips = range(videos, 2 * videos) if split == "valid" else range(videos)                 # those of valid_u are other ones
+        for key, scene, names in write_clips(f"{root}/{split}/JPEGImages", split, clips, "{:012x}"):
             expressions = annotate(scene, table, ("referring", "reasoning"))
             meta[key] = dict(frames=names, expressions={id: {k: e[k] for k in keys} for id, e in expressions.items()})
         put(dict(videos=meta), root, split, "meta_expressions.json")
@@ -244,5 +245,7 @@ WRITERS = dict(revos=revos, mevis=mevis, refavs=refavs, refcocog_2k_840=refcocog
 
 
 def write_mini(root, videos=4):
-    """Writes the miniature of a dataset; the name of the folder `root` tells which."""
+    """Writes the miniature of a dataset; the name of the folder `root` tells which. Raises BadInput where there is something."""
+    if os.path.isdir(root) and os.listdir(root):
+        raise BadInput(f"{root} is not empty; give another --out")
     WRITERS[os.path.basename(root)](root, videos)
