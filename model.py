@@ -676,8 +676,6 @@ def prefill_batches(lengths: list[int]) -> list[list[int]]:
 def read_config(path: Path) -> Qwen2_5OmniThinkerConfig:
     """The Thinker's part of config.json; old spellings of the rotary settings are translated by transformers."""
     check_policy_folder(path)
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} holds no config.json; expected a Qwen2.5-Omni or Thinker checkpoint")
     whole = read_json(path / "config.json")
     config = whole.get("thinker_config", whole)
     if not isinstance(config, dict) or config.get("model_type") != "qwen2_5_omni_thinker":

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,8 @@ from safetensors.torch import load_file, save_file
 from sam2 import sam2_video_predictor
 from scipy.io import wavfile
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoTokenizer, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration, WhisperFeatureExtractor)
@@ -57,7 +60,7 @@ from eval import (
     score_predictions, score_reasonseg, score_revos, score_sample, score_table, write_davis, write_prediction, zip_predictions)
 from grpo import (
     Stopwatch, Systems, accumulate_gradients, collect, group_advantages, kl_divergence, policy_loss, reward_terms, total_rewards)
-from model import Cache, Prefill, Prompt, Recorded, Rows, Thinker, adapters_off, add_adapters, \
+from model import HEAD_TOKENS, Cache, Prefill, Prompt, Recorded, Rows, Thinker, adapters_off, add_adapters, \
     head_logits, in_batches, prefill_batches, read_config, sample, token_logprobs, truncate
 from rewards import (
     TERMS, WEIGHTS, avs_reward, box_iou, combine, format_reward, image_rewards, length_bonus, mask_box, parse_number,
@@ -3236,7 +3239,7 @@ def test_without_a_learning_rate_nothing_is_learned(tmp_path, monkeypatch):
 
 OUT_OF_LIMITS = dict(
     **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep", "plot_every"), [0]),
-    **dict.fromkeys(("seed", "warmup", "top_k", "lora_rank", "threads", "workers"), [-1]),
+    **dict.fromkeys(("seed", "warmup", "top_k", "lora_rank", "threads", "workers", "validate"), [-1]),
     **dict.fromkeys(("lr", "weight_decay", "beta", "clip_high"), [-0.1, math.inf, math.nan]),
     **dict.fromkeys(("keyframe", "saliency", "alignment", "consistency"), [-math.inf, math.nan]),
     **dict.fromkeys(("temperature", "clip_norm", "timeout_minutes"), [0.0, math.inf, math.nan]),
@@ -3736,6 +3739,103 @@ def test_adapters_begin_as_nothing_and_are_merged_in_the_end(reference, thinker,
         assert (after - before).abs().max() > 0.01
         thinker.save_pretrained(tmp_path, dict(thinker.whole_weights()))
         torch.testing.assert_close(Thinker.from_pretrained(tmp_path).logprobs(prompt, completions)[0], after, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_best_checkpoint_by_validation_stays(server, tmp_path, world):
+    finish(start(server, tmp_path, "--steps 5 --lr 0.02 --save_every 1 --keep 1 --validate 3 --name best", world=world))
+    rows, _ = outcome(tmp_path, "best")
+    scores = [row["validation"] for row in rows]
+    assert len(set(scores)) > 1
+    kept = sorted(int(path.name[5:]) for path in (tmp_path / "out/best").glob("step-*"))
+    assert kept == sorted({5, 1 + scores.index(max(scores))})
+    # By hand: the saved policy's greedy answers to the very clips that are left out of training.
+    settings = train.read_settings([*TINY, "--validate", "3", "--policy", str(tmp_path / f"out/best/step-{kept[0]:06d}")])
+    sources, _ = data_file.training_sources("toy", ".", {}, 0)
+    left, held = train.hold_out(sources, 3, 0)
+    assert len(held) == 3 and not {item for _, item in held} & set(left[0].items) and len(left[0].items) == 100_000 - 3
+    policy = Thinker.from_pretrained(settings.policy)
+    systems = Systems(policy, Thinker.from_pretrained(TOY_POLICY), data_file.Processor(TOY_POLICY), None)
+    rewards = []
+    for k, (source, item) in enumerate(held):
+        clip = source.read(item, None)
+        prompt, = policy.embed([prompt_inputs(systems.processor, clip, np.random.default_rng([0, k]))])
+        (ids,), = policy.generate([prompt], 1, 16, eos_ids=systems.processor.eos_ids, temperature=0.0)
+        text = systems.processor.decode(ids)
+        ((boxes,),) = ground(systems.reference, systems.processor, [clip], [[frames_to_ground(clip, text)]])
+        rewards.append(total_rewards([reward_terms(clip, (1, 1), text, boxes, None)], [len(ids)], settings)[0])
+    assert np.mean(rewards) == pytest.approx(scores[kept[0] - 1], abs=1e-4)
+
+
+def test_clips_are_held_out_of_every_source_and_never_all():
+    sources = (numbers("vos", 7), numbers("avs", 3, 100))
+    left, held = train.hold_out(sources, 6, 1)
+    names = [item for source in left for item in source.items]
+    assert len(names) == 4 and sorted(names + [item for _, item in held]) == [*range(7), 100, 101, 102]
+    assert all(item in source.items for source, item in held) and train.hold_out(sources, 0, 1) == (sources, [])
+    with pytest.raises(BadInput, match="--validate 10"):
+        train.hold_out(sources, 10, 1)
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all tensors that are alive at once, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.most = {}, 0, 0
+
+    def forget(self, key):
+        self.now -= self.alive.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata)
+        return out
+
+
+def test_the_memory_plan_against_what_is_there(monkeypatch):
+    monkeypatch.setattr(model_file, "causal_lower_right", lambda *_: None)     # a kind of tensor that cannot be watched
+    P, G, C = 1025, 4, 64
+    settings = train.read_settings(["--policy", str(ROOT / "bench/shapes/small"), "--dtype", "float32", "--batch", "1", "--checkpointing",
+                                    "--group", str(G), "--max_new_tokens", str(C), "--prompt_tokens", str(P - 1)])
+    plan = train.memory_plan(settings, 1)
+    thinker = Thinker(read_config(Path(settings.policy)))
+    optimizer = train.start_optimizer(thinker, settings)
+    states = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+    trained = [p for p in thinker.parameters() if p.requires_grad]
+    assert plan["update"]["weights, gradients, AdamW"] == sum(4 * x.numel() for x in (*trained, *trained, *states))
+    cache = Cache([P - 1], G, C, thinker.config.text_config, like=torch.empty(0))
+    assert plan["rollout"]["cache"] == cache.prefix.nbytes + cache.own.nbytes
+    # The update's own, in a pass that makes no gradient but the first layer's.
+    media = torch.zeros(1, thinker.config.text_config.hidden_size)
+    prompt = Prompt(torch.zeros(P, dtype=torch.long), torch.zeros(3, P, dtype=torch.long), torch.tensor([0]), media)
+    thinker.requires_grad_(False).model.layers[0].input_layernorm.weight.requires_grad_(True)
+    weights = sum(p.nbytes for part in (thinker.model.layers, thinker.lm_head, thinker.model.norm) for p in part.parameters())
+    for checkpointing in (True, False):
+        thinker.gradient_checkpointing = checkpointing
+        plan = train.memory_plan(replace(settings, checkpointing=checkpointing), 1)["update"]
+        planned = plan["kept of all layers"] + plan["a layer, or logits"]
+        with Peak() as peak:
+            thinker.logprobs(prompt, torch.zeros(G, C, dtype=torch.long))[0].sum().backward()
+        assert 0.85 * planned < peak.most - weights < 1.15 * planned
+
+
+@pytest.mark.parametrize("arguments, fits", [
+    (["--policy", "bench/shapes/7b", "--nproc", "8"], "fits 80 GB 141 GB"), (["--policy", "bench/shapes/7b", "--nproc", "1"], "fits no device"),
+    (["--policy", "bench/shapes/3b", "--nproc", "1,8"], "fits 40 GB 80 GB"), (["--policy", "nowhere"], "nowhere"), (["--nproc", "8,x"], "8,x")])
+def test_the_plan_is_printed_without_weights_or_gpu(monkeypatch, capsys, arguments, fits):
+    monkeypatch.chdir(ROOT)
+    try:
+        train.main(["--plan", "--sam2_weights", "sam2.1_hiera_large.pt", *arguments])
+    except SystemExit as end:
+        assert end.code == 2
+    assert fits in "".join(capsys.readouterr())
 
 
 # ====================================================================================================================

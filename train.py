@@ -40,8 +40,8 @@ from tqdm import tqdm
 from data import FOLDERS, BadInput, Parser, Processor, add_roots, epoch_length, epoch_plan, fail, one_line, prompt_inputs, \
     read_clip, read_json, training_sources
 from grpo import Stopwatch, Systems, accumulate_gradients, collect, equal_rewards, left_out
-from model import Thinker, adapters_off, add_adapters, gathered
-from segment import TOY_POLICY, TOY_SAM2, Tracker, find_config
+from model import HEAD_TOKENS, Thinker, adapters_off, add_adapters, gathered, read_config
+from segment import TOY_POLICY, TOY_SAM2, Tracker, build_sam2, find_config
 
 SHOWN = ("reward", "consistency", "kl", "decode_tokens_per_s", "update_tokens_per_s", "memory_gb")  # beside the bar
 PATIENCE = 5  # steps in a row with a non-finite gradient before a run gives up
@@ -62,6 +62,8 @@ class Settings:
     sam2: str = setting("", "SAM2 config, a yaml file or a name inside the package sam2; empty: told by the weights' name")
     sam2_weights: str = setting(TOY_SAM2, "SAM2 weights, a .pt file")
     data: str = setting("toy", "datasets, by commas: toy, revos, mevis, refavs, refcocog, video_r1")
+    validate: int = setting(16, "clips that are not trained on; at every checkpoint their mean reward, answered greedily, is logged, "
+                            "and the best checkpoint is kept")
     data_root: str = setting(".", "folder that holds one folder per dataset; one that lies elsewhere: --revos_root DIR, ...")
     roots: dict = dataclasses.field(default_factory=dict)      # folder of a dataset: where it lies, of those given apart
     seed: int = setting(0, "of data order, example times and sampling")
@@ -112,13 +114,17 @@ class Settings:
     timeout_minutes: float = setting(30.0, "longest phase of a step; a process that takes longer says where it is, and ends")
     # Output
     save_every: int = setting(200, "steps between checkpoints")
-    keep: int = setting(2, "newest checkpoints that are kept")
+    keep: int = setting(2, "newest checkpoints that are kept, beside the best")
     plot_every: int = setting(20, "steps between drawings of curves.png")
+    # Planning
+    plan: bool = setting(False, "whether only to print what memory a step needs; wants the policy's config.json alone, and no GPU")
+    nproc: str = setting("8", "numbers of processes to plan for, by commas; nodes have 8 GPUs")
+    prompt_tokens: int = setting(4096, "tokens of a prompt, to plan with")
 
 
 # What may be another when a run is continued; by any other setting it would be another run.
 FREE = {"name", "overwrite", "resume", "steps", "device", "threads", "workers", "reference", "hybrid", "timeout_minutes",
-        "save_every", "keep", "plot_every"}
+        "save_every", "keep", "plot_every", "plan", "nproc", "prompt_tokens"}
 
 
 def no_less_than(least):
@@ -126,15 +132,16 @@ def no_less_than(least):
 
 
 LIMITS = {  # setting -> (test, what it must be); nan passes none
-    **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep", "plot_every"),
-                    no_less_than(1)),
+    **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep", "plot_every",
+                     "prompt_tokens"), no_less_than(1)),
     **dict.fromkeys(("seed", "lr", "warmup", "weight_decay", "top_k", "beta", "clip_high", "lora_rank", "threads",
-                     "workers"), no_less_than(0)),
+                     "workers", "validate"), no_less_than(0)),
     **dict.fromkeys(("keyframe", "saliency", "alignment", "consistency"), (math.isfinite, "finite")),
     **dict.fromkeys(("temperature", "clip_norm", "timeout_minutes"), (lambda value: 0 < value < math.inf, "above 0 and finite")),
     "group": no_less_than(2),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "clip_low": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "nproc": (lambda value: all(n.isdecimal() and int(n) for n in value.split(",")), "whole numbers from 1, by commas"),
     "name": (lambda value: value not in ("", ".", "..") and os.path.basename(value) == value and value.isprintable(),
              "the plain name of a folder"),
     "device": (lambda value: value == "cpu" or value == "cuda" and torch.cuda.is_available(),
@@ -150,9 +157,9 @@ def read_settings(arguments=None):
     for f in dataclasses.fields(Settings):
         if f.name in ("data_root", "roots"):
             continue
-        parser.add_argument(f"--{f.name}", type=_boolean if f.type is bool else f.type, choices=f.metadata.get("choices"),
-                            metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {f.default})")
+        kind = dict(type=_boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        parser.add_argument(f"--{f.name}", choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (default: {f.default})", **kind)
     given = vars(parser.parse_args(arguments))
     advice = os.path.join(given.get("policy", Settings.policy), "training.json")
     if os.path.isfile(advice):
@@ -283,10 +290,74 @@ def guard(watch, out, minutes, rank, world):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The memory plan: bytes on each device, told by shapes alone
+# ---------------------------------------------------------------------------------------------------------------------
+GPUS = (24, 40, 80, 141)       # GB of a device
+USABLE = 0.92                  # of it: the rest goes to the driver, the libraries and what the allocator cannot fill
+TRACKING = 4e9                 # bytes that SAM2 takes to track 32 objects at 1024 x 1024; an estimate
+GROUNDED = 1150                # tokens of a keyframe's prompt and answer
+
+
+def memory_plan(settings, world):
+    """{phase: {what: bytes}} on each of `world` devices. The most that can be: every completion is as long as allowed."""
+    with torch.device("meta"):
+        thinker = Thinker(read_config(Path(settings.policy)))
+        if settings.lora_rank:
+            add_adapters(thinker, settings.lora_rank, 0)
+    config, wide = thinker.config.text_config, 2 if settings.dtype == "bfloat16" else 4
+    D, L, V, inner = config.hidden_size, config.num_hidden_layers, config.vocab_size, config.intermediate_size
+    trained = sum(p.numel() for p in thinker.parameters() if p.requires_grad)
+    towers = sum(p.numel() for tower in (thinker.visual, thinker.audio_tower) for p in tower.parameters())
+    weights = sum(p.numel() for p in thinker.parameters()) - towers
+    sam2 = build_sam2(settings.sam2 or find_config(settings.sam2_weights))
+
+    shards = min(world, 8) if settings.hybrid else world
+    B, G, C, P = -(-settings.batch // world), settings.group, settings.max_new_tokens, settings.prompt_tokens
+    rows = P + G * C                                           # tokens of the update, a group at a time
+    token = 2 * L * config.num_key_value_heads * (D // config.num_attention_heads) * wide      # of a cache
+    layer = rows * (11 * D + 5.5 * inner) * wide               # forward and backward of one; the forward leaves about half of it
+    kept = L * rows * D * wide if settings.checkpointing else (L - 1) * layer / 2
+    activations = {"kept of all layers": kept, "a layer, or logits": max(layer, 12 * min(HEAD_TOKENS, G * C) * V)}
+    rest = {"towers": towers * wide, "SAM2": 4 * sum(p.numel() for p in sam2.parameters())}
+    if settings.lora_rank:
+        rest |= {"frozen weights": (weights - trained) * wide, "adapters, gradients, AdamW": 16 * trained}
+        whole, asked, head, begin = {}, {}, {}, rest
+    else:
+        reference = {"device": weights * wide, "shard": weights * wide / shards, "host": 0}[settings.reference]
+        rest |= {"weights, gradients, AdamW": 16 * trained / shards, "reference": reference}
+        whole = {"whole weights": weights * wide}
+        asked = {"whole reference": weights * wide} if settings.reference != "device" else {}
+        begin = {"policy, before it is sharded": 4 * (weights + towers)}
+        head = {"gradients of embeddings and head": 2 * V * D * (wide + 4)}
+    return {"loading": begin,
+            "rollout": rest | whole | {"cache": B * (P + G * C) * token, "logits": 12 * B * G * V},
+            "grounding": rest | asked | {"cache of keyframes": B * G * 4 * GROUNDED * token},
+            "masks": rest | {"tracking": TRACKING * (sam2.image_size / 1024) ** 2},
+            "update": rest | whole | head | activations}
+
+
+def print_plan(settings, worlds):
+    """GB on each device in each phase, a line for each number of processes; of the last one also the parts."""
+    for world in worlds:
+        plan = memory_plan(settings, world)
+        totals = {phase: sum(parts.values()) / 1e9 for phase, parts in plan.items()}
+        fits = [f"{size} GB" for size in GPUS if max(totals.values()) <= USABLE * size]
+        print(f"{world:3} x", *(f"{phase} {total:.1f}" for phase, total in totals.items()),
+              f"   fits {' '.join(fits) or f'no device of up to {GPUS[-1]} GB'}")
+    parts = {k: v / 1e9 for phase in plan.values() for k, v in phase.items()}
+    print("  with:", ", ".join(f"{k} {v:.1f}" for k, v in parts.items() if v > 5e7 / 1e9))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
 def main(arguments=None):
     settings = read_settings(arguments)
+    if settings.plan:
+        try:
+            return print_plan(settings, [int(n) for n in settings.nproc.split(",")])
+        except (OSError, BadInput) as error:
+            sys.exit(fail(error))
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):   # torchrun's --max_restarts: on with the run just begun
@@ -317,6 +388,7 @@ def train(settings, rank, world, device, watch):
             print(f"{out} is finished: {start} steps. To go on, a larger --steps; to begin anew, --overwrite true")
         return
     sources, dropped = training_sources(settings.data, settings.data_root, settings.roots, settings.seed)
+    sources, held = hold_out(sources, settings.validate, settings.seed)
     systems = load_systems(settings, device)
     policy = systems.policy
     optimizer = start_optimizer(policy, settings)
@@ -329,6 +401,7 @@ def train(settings, rank, world, device, watch):
         if checkpoint:
             print(f"continues at step {start} from {checkpoint}")
         print(f"an epoch: {epoch_length(sources, settings.batch * settings.accumulate)} steps")
+        print_plan(settings, [world])
     bar = tqdm(range(start, settings.steps), settings.name, settings.steps, initial=start, disable=rank != 0, mininterval=1.0)
     samples = iter(sample_loader(sources, systems.processor, settings, start, rank, world))
     for step in bar:
@@ -348,6 +421,9 @@ def train(settings, rank, world, device, watch):
         watch.lap("update")
         row = metrics(step, groups, sums, norm, skipped, watch, optimizer, device)
         row["speed"] = physics(groups, watch.seconds, systems, settings, device)
+        due = (step + 1) % settings.save_every == 0
+        if due and held:
+            row["validation"] = validate(systems, held, settings, watch, rank, world, device)
         if rank == 0:
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -359,9 +435,10 @@ def train(settings, rank, world, device, watch):
             bar.close()
             sys.exit(f"error: step {step}: the {PATIENCE}th step in a row with a non-finite gradient; see {out}/metrics.jsonl")
         told = sums_over_processes(dict(told=watch.told), device)["told"] > 0 and step + 1 < settings.steps
-        if told or (step + 1) % settings.save_every == 0:
+        if told or due:
             path = os.path.join(out, f"step-{step + 1:06d}")
-            save(systems, path, run | dict(step=step + 1, unfit=unfit), rank, world, optimizer)
+            now = dict(step=step + 1, unfit=unfit, validation=row.get("validation"))
+            save(systems, path, run | now, rank, world, optimizer)
             if rank == 0:
                 remove_old(out, settings.keep)
         if told:
@@ -420,6 +497,33 @@ class Samples:
         seed = int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0] >> 2)
         clip = read_clip(source, item, np.random.default_rng([seed, 1]))
         return clip, prompt_inputs(self.processor, clip, np.random.default_rng(seed)), seed
+
+
+def hold_out(sources, count, seed):
+    """Takes `count` random items out of the sources -> (sources without them, [(source, item)])."""
+    if count == 0:
+        return sources, []
+    places = [(s, i) for s, source in enumerate(sources) for i in range(len(source.items))]
+    if count >= len(places):
+        raise BadInput(f"--validate {count} leaves none of {len(places)} clips to train on; take fewer, or 0")
+    held = {places[k] for k in np.random.default_rng([seed, 2]).permutation(len(places))[:count]}
+    left = tuple(dataclasses.replace(source, items=[item for i, item in enumerate(source.items) if (s, i) not in held])
+                 for s, source in enumerate(sources))
+    return tuple(source for source in left if source.items), [(sources[s], sources[s].items[i]) for s, i in sorted(held)]
+
+
+def validate(systems, held, settings, watch, rank, world, device):
+    """Mean reward, over all processes, of greedy answers to clips that are not trained on. None where no clip can be read."""
+    greedy, total, count = dataclasses.replace(settings, group=2, temperature=0.0, beta=0.0), 0.0, 0
+    for k in range(rank, -(-len(held) // world) * world, world):           # equally many on every process, as they work together
+        clip = read_clip(*held[k % len(held)], np.random.default_rng([settings.seed, k]))
+        inputs = prompt_inputs(systems.processor, clip, np.random.default_rng([settings.seed, k]))
+        group, = collect(systems, [clip], [inputs], [0], greedy, watch)    # both completions are the same
+        if k < len(held) and not clip.fault:
+            total, count = total + float(group.rewards.mean()), count + 1
+    watch.phase = "saving"
+    sums = sums_over_processes(dict(total=total, count=count), device)
+    return round(sums["total"] / sums["count"], 6) if sums["count"] else None
 
 
 def sample_loader(sources, processor, settings, start, rank, world):
@@ -656,8 +760,13 @@ def save(systems, path, run, rank, world, optimizer=None):
 
 
 def remove_old(out, keep):
-    """Leaves the newest `keep` checkpoints."""
-    for old in sorted(Path(out).glob("step-??????"))[:-keep]:
+    """Leaves the newest `keep` checkpoints, and the best by validation."""
+    checkpoints = sorted(Path(out).glob("step-??????"))
+    scores = {path: read_json(path / "run.json")["validation"] for path in checkpoints}
+    best = max((path for path in checkpoints if scores[path] is not None), key=scores.get, default=None)
+    for old in checkpoints[:-keep]:
+        if old == best:
+            continue
         shutil.rmtree(old.rename(f"{old}.partial"))            # never half of one under its name
 
 
