@@ -43,7 +43,7 @@ from data import Clip, Frames, at_least, toy_scene
 from grpo import policy_loss
 from model import Prompt, Thinker
 from rewards import mask_box
-from segment import TOY_SAM2, Tracker, build_sam2, find_config, track_group
+from segment import TOY_SAM2, Tracker, build_sam2, find_config, track_groups
 
 PARTS = ("rollout", "policy", "reference", "masks", "whole")
 # Times faster (and of memory: times less) than the recipe.
@@ -54,35 +54,12 @@ PEAK_FLOPS = 989e12  # bf16 without sparsity, both of them
 PROOF_ROWS, PROOF_TOKENS = 2, 64  # size of the proof: enough for every path, and eager attention fits
 FRAMES, PAIRS = 16, 8  # of the tracked video; of the prompt's video, whose tokens each span two frames
 
-# Special ids of the small shapes, all others are text. The published sizes keep those of the checkpoints.
-IDS = dict(audio_token_index=2, image_token_index=3, video_token_index=4, vision_start_token_id=5, vision_end_token_id=6,
-           audio_start_token_id=7, audio_end_token_id=8, pad_token_id=0)
-
-
 # ---- shapes and weights ------------------------------------------------------------------------------------------
 
 def config_of(shape: str) -> Qwen2_5OmniThinkerConfig:
-    """The Thinker at a size. The towers of "small" take about the share of the language model's work that the 7B's do.
-    "3b" is put together from its published language model; its towers are taken to be those of the 7B, its head untied."""
-    D, layers, heads, kv, inner, V = {
-        "tiny": (64, 3, 4, 2, 96, 128), "small": (512, 8, 8, 2, 1536, 8192),
-        "3b": (2048, 36, 16, 2, 11008, 151936), "7b": (3584, 28, 28, 4, 18944, 152064)}[shape]
-    width = D // heads // 2  # of the rotary sections together: time, height, width as 1 : 1.5 : 1.5
-    sections = [width - 2 * (3 * width // 8), 3 * width // 8, 3 * width // 8]
-    text = dict(vocab_size=V, hidden_size=D, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-                num_key_value_heads=kv, max_position_embeddings=32768,
-                rope_parameters=dict(rope_theta=1e6, rope_type="default", mrope_section=sections))
-    if shape in ("3b", "7b"):
-        vision = dict(hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=D)
-        return Qwen2_5OmniThinkerConfig(text_config=text, vision_config=vision, audio_config=dict(output_dim=D),
-                                        tie_word_embeddings=False)
-    width, depth = (32, 2) if shape == "tiny" else (192, 4)
-    vision = dict(depth=depth, hidden_size=width, intermediate_size=2 * width, num_heads=2 if shape == "tiny" else 4,
-                  patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112, out_hidden_size=D,
-                  fullatt_block_indexes=[depth - 1])
-    audio = dict(num_mel_bins=8, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=width, d_model=width,
-                 output_dim=D, max_source_positions=64, n_window=8)
-    return Qwen2_5OmniThinkerConfig(text_config=text, vision_config=vision, audio_config=audio, tie_word_embeddings=False, **IDS)
+    """The Thinker at a size. The towers of "small" take about the share of the language model's work that the 7B's do. "3b" is put
+    together from its published language model; its towers are taken to be those of the 7B, its head untied."""
+    return Qwen2_5OmniThinkerConfig.from_dict(json.loads((HERE / f"shapes/{shape}/config.json").read_text()))
 
 
 def build(shape: str, dtype: torch.dtype, device: str) -> tuple[Thinker, Qwen2_5OmniThinkerForConditionalGeneration]:
@@ -153,7 +130,7 @@ def rows_of(ours, theirs, P: int, C: int, G: int) -> dict:
     wide = (P - 8) // PAIRS // high
     video = [config.video_token_index] * (PAIRS * high * wide)
     text = lambda *shape: torch.randint(9, min(config.text_config.vocab_size, 100_000), shape, generator=random)
-    start, end = (getattr(config, name, None) or IDS[name] for name in ("vision_start_token_id", "vision_end_token_id"))
+    start, end = config.vision_start_token_id, config.vision_end_token_id
     ids = torch.cat([text(3), torch.tensor([start, *video, end]), text(P - len(video) - 5)])  # (P,)
     grid = torch.tensor([[PAIRS, merge * high, merge * wide]])
     patches = torch.randn(int(grid.prod()), 3 * config.vision_config.temporal_patch_size * patch ** 2, generator=random)
@@ -204,7 +181,7 @@ def ours_reference(w: Work) -> Tensor:
 
 
 def ours_masks(w: Work) -> list:
-    return track_group(w.tracker, w.clip, w.boxes)
+    return list(track_groups(w.tracker, [w.clip], [w.boxes])[0])
 
 
 # ---- the usual recipe --------------------------------------------------------------------------------------------
