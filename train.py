@@ -12,6 +12,7 @@ The same command again continues a run that was cut off, from its newest checkpo
 """
 import argparse
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -292,7 +293,7 @@ def guard(watch, out, minutes, rank, world):
 # ---------------------------------------------------------------------------------------------------------------------
 # The memory plan: bytes on each device, told by shapes alone
 # ---------------------------------------------------------------------------------------------------------------------
-GPUS = (24, 40, 80, 141)       # GB of a device
+GPUS = (24, 40, 48, 80, 141)       # GB of a device
 USABLE = 0.92                  # of it: the rest goes to the driver, the libraries and what the allocator cannot fill
 TRACKING = 4e9                 # bytes that SAM2 takes to track 32 objects at 1024 x 1024; an estimate
 GROUNDED = 1150                # tokens of a keyframe's prompt and answer
@@ -532,12 +533,14 @@ def sample_loader(sources, processor, settings, start, rank, world):
     places = range(start * size + rank, settings.steps * size, world)
     ahead = max(2, -(-size // world // settings.workers)) if settings.workers else None     # samples that each worker holds
     os.environ["TOKENIZERS_PARALLELISM"] = "false"             # its threads do not outlive a fork, and warn of that
+    gc.collect()
     return DataLoader(Samples(sources, processor, settings), sampler=places, batch_size=None, collate_fn=lambda sample: sample,
-                      num_workers=settings.workers, prefetch_factor=ahead, worker_init_fn=one_thread)
+                      num_workers=settings.workers, prefetch_factor=ahead, worker_init_fn=begin_worker)
 
 
-def one_thread(worker):
-    torch.set_num_threads(1)
+def begin_worker(_):
+    gc.freeze()                                                # a fork that tidied up after its parent would wait for threads
+    torch.set_num_threads(1)                                   # that it does not have
     signal.signal(signal.SIGTERM, signal.SIG_DFL)              # the handler is the training process's
 
 
