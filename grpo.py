@@ -171,7 +171,8 @@ def collect(systems, clips, inputs, seeds, settings, watch):
         rewards = total_rewards(terms, lengths.tolist(), settings)
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()                    # (G, C)
         advantages = group_advantages(rewards, settings.group, scale=settings.scale_by_std)
-        groups.append(Group(prompts[i], completions[i], mask, texts[i], terms, rewards, advantages, reference_logp[i], clip.fault))
+        groups.append(Group(prompts[i], completions[i], mask, texts[i], terms, rewards, advantages, reference_logp[i],
+                            clip.fault))
     watch.lap("rewards")
     return groups
 

@@ -363,8 +363,8 @@ def find_config(weights):
 def track_groups(tracker, clips, boxes):
     """Masks of each of G completions of B clips: B arrays bool [G, T, H, W], of each completion the union over its boxes.
 
-    boxes  B lists of G dicts {frame: [boxes]}. Every box is an object of its own, prompted on its frame (method.md, 1); a box that
-    several completions share is tracked once.
+    boxes  B lists of G dicts {frame: [boxes]}. Every box is an object of its own, prompted on its frame (method.md, 1); a box
+    that several completions share is tracked once.
     """
     tracked = []
     for clip, group in zip(clips, boxes):
@@ -445,7 +445,7 @@ def main(arguments=None):
     parser.add_argument("--sound", help="wav file; by default the video's own soundtrack")
     parser.add_argument("--index", type=at_least(0), default=0, help="which toy clip, where no video is given")
     parser.add_argument("--policy", default=TOY_POLICY, help="directory of a Thinker, or of a full Qwen2.5-Omni")
-    parser.add_argument("--sam2", help="config, a yaml file or a name inside the package sam2; by default told by the weights' name")
+    parser.add_argument("--sam2", help="config, a yaml file or a name inside the package sam2; default: told by the weights' name")
     parser.add_argument("--sam2_weights", default=TOY_SAM2)
     parser.add_argument("--out", default="out/segment")
     parser.add_argument("--max_new_tokens", type=at_least(1), default=1024)

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import resource
 import shutil
@@ -2448,9 +2449,9 @@ def test_top_k_and_top_p():
     assert (truncate(probs, 0, 1e-6) > 0).sum() == 1
     assert (truncate(probs, 3, 0.75) > 0).sum() == 2  # 0.7 of the kept 0.9 is more than 0.75
     logits = probs.log().expand(20000, -1)
-    drawn = sample(logits, [torch.Generator().manual_seed(0)], 1.0, 0, 1.0)
+    drawn = sample(logits, [torch.Generator().manual_seed(0)], len(logits), torch.arange(len(logits)), 1.0, 0, 1.0)
     torch.testing.assert_close(drawn.bincount() / 20000, probs[0], rtol=0, atol=0.015)
-    drawn = sample(logits, [torch.Generator().manual_seed(0)], 0.5, 3, 1.0)
+    drawn = sample(logits, [torch.Generator().manual_seed(0)], len(logits), torch.arange(len(logits)), 0.5, 3, 1.0)
     wanted = torch.tensor([0, 16, 4, 9]) / 29  # squares of 0.4, 0.2, 0.3
     torch.testing.assert_close(drawn.bincount(minlength=4) / 20000, wanted, rtol=0, atol=0.015)
 
@@ -3238,7 +3239,9 @@ def test_without_a_learning_rate_nothing_is_learned(tmp_path, monkeypatch):
 
 
 OUT_OF_LIMITS = dict(
-    **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep", "plot_every"), [0]),
+    **dict.fromkeys(("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep", "plot_every", "prompt_tokens"),
+                    [0]),
+    nproc=["0", "", "1,", "8;"],
     **dict.fromkeys(("seed", "warmup", "top_k", "lora_rank", "threads", "workers", "validate"), [-1]),
     **dict.fromkeys(("lr", "weight_decay", "beta", "clip_high"), [-0.1, math.inf, math.nan]),
     **dict.fromkeys(("keyframe", "saliency", "alignment", "consistency"), [-math.inf, math.nan]),
@@ -3625,15 +3628,15 @@ def test_another_run_is_not_continued_and_a_finished_one_not_repeated(straight, 
     assert "out/straight1 is finished: 6 steps" in capsys.readouterr().out
 
 
-def hang(rank):
+def hang(_):
     """The second process falls asleep while it reads the second step's clips."""
-    whole = train.draw
+    whole = train.Samples.__getitem__
 
-    def draw(sources, step, *more):
-        if rank == 1 and step == 1:
+    def read(samples, i):
+        if i == 3:                                             # two a step, every other one is its
             time.sleep(100)
-        return whole(sources, step, *more)
-    train.draw = draw
+        return whole(samples, i)
+    train.Samples.__getitem__ = read
 
 
 def test_a_time_out_names_process_and_phase(server, straight):
@@ -3828,7 +3831,7 @@ def test_the_memory_plan_against_what_is_there(monkeypatch):
 
 @pytest.mark.parametrize("arguments, fits", [
     (["--policy", "bench/shapes/7b", "--nproc", "8"], "fits 80 GB 141 GB"), (["--policy", "bench/shapes/7b", "--nproc", "1"], "fits no device"),
-    (["--policy", "bench/shapes/3b", "--nproc", "1,8"], "fits 40 GB 80 GB"), (["--policy", "nowhere"], "nowhere"), (["--nproc", "8,x"], "8,x")])
+    (["--policy", "bench/shapes/3b", "--nproc", "1,8"], "fits 40 GB 48 GB 80 GB"), (["--policy", "nowhere"], "nowhere"), (["--nproc", "8,x"], "8,x")])
 def test_the_plan_is_printed_without_weights_or_gpu(monkeypatch, capsys, arguments, fits):
     monkeypatch.chdir(ROOT)
     try:
@@ -3836,6 +3839,17 @@ def test_the_plan_is_printed_without_weights_or_gpu(monkeypatch, capsys, argumen
     except SystemExit as end:
         assert end.code == 2
     assert fits in "".join(capsys.readouterr())
+
+
+def test_the_benchmark_compares_what_gives_the_same(tmp_path):
+    command = [sys.executable, ROOT / "bench/step.py", "--shape", "tiny", "--prompt", "40", "--completion", "4", "--group", "2",
+               "--repeats", "1", "--threads", "1", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["proof"]["equal"] and result["proof"]["iou"] >= 0.99 and result["proof"]["errors"]["gradients"] < 1e-4
+    assert set(result["parts"]) == {"rollout", "policy", "reference", "masks", "whole"}
+    assert all(part["ratio"] > 0 and part["memory_ratio"] for part in result["parts"].values())
 
 
 # ====================================================================================================================

@@ -63,8 +63,8 @@ class Settings:
     sam2: str = setting("", "SAM2 config, a yaml file or a name inside the package sam2; empty: told by the weights' name")
     sam2_weights: str = setting(TOY_SAM2, "SAM2 weights, a .pt file")
     data: str = setting("toy", "datasets, by commas: toy, revos, mevis, refavs, refcocog, video_r1")
-    validate: int = setting(16, "clips that are not trained on; at every checkpoint their mean reward, answered greedily, is logged, "
-                            "and the best checkpoint is kept")
+    validate: int = setting(16, "clips kept out of training; at every checkpoint their mean reward, answered greedily, is logged, and "
+                            "the best checkpoint stays")
     data_root: str = setting(".", "folder that holds one folder per dataset; one that lies elsewhere: --revos_root DIR, ...")
     roots: dict = dataclasses.field(default_factory=dict)      # folder of a dataset: where it lies, of those given apart
     seed: int = setting(0, "of data order, example times and sampling")
@@ -77,8 +77,8 @@ class Settings:
     warmup: int = setting(10, "steps of linear warm-up, before a cosine down to 0")
     weight_decay: float = setting(0.01, "of AdamW")
     clip_norm: float = setting(5.0, "largest norm of a step's gradient")
-    lora_rank: int = setting(0, "of low-rank adapters, trained in place of the weights, which then serve as policy, reference and "
-                             "System 2 at once (they want an --lr some 50 times as large); 0: none, all weights are trained")
+    lora_rank: int = setting(0, "of low-rank adapters, trained in place of the weights, which then are policy, reference and System 2 "
+                             "at once (they want a larger --lr); 0: none, all weights are trained")
     # Rollout
     group: int = setting(8, "completions of a prompt, G")
     max_new_tokens: int = setting(2048, "longest completion")
@@ -118,7 +118,7 @@ class Settings:
     keep: int = setting(2, "newest checkpoints that are kept, beside the best")
     plot_every: int = setting(20, "steps between drawings of curves.png")
     # Planning
-    plan: bool = setting(False, "whether only to print what memory a step needs; wants the policy's config.json alone, and no GPU")
+    plan: bool = setting(False, "whether only to print the memory that a step needs; the policy's config.json is enough, and no GPU")
     nproc: str = setting("8", "numbers of processes to plan for, by commas; nodes have 8 GPUs")
     prompt_tokens: int = setting(4096, "tokens of a prompt, to plan with")
 
@@ -159,8 +159,8 @@ def read_settings(arguments=None):
         if f.name in ("data_root", "roots"):
             continue
         kind = dict(type=_boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{f.name}", choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {f.default})", **kind)
+        parser.add_argument(f"--{f.name}", choices=f.metadata.get("choices"), metavar=f.type.__name__.upper(),
+                            default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default})", **kind)
     given = vars(parser.parse_args(arguments))
     advice = os.path.join(given.get("policy", Settings.policy), "training.json")
     if os.path.isfile(advice):
@@ -541,7 +541,7 @@ def sample_loader(sources, processor, settings, start, rank, world):
 def begin_worker(_):
     gc.freeze()                                                # a fork that tidied up after its parent would wait for threads
     torch.set_num_threads(1)                                   # that it does not have
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)              # the handler is the training process's
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)              # torchrun tells all, and the step is still to be finished
 
 
 def schedule(step, settings):
@@ -600,26 +600,28 @@ def metrics(step, groups, sums, norm, skipped, watch, optimizer, device):
 
 
 # Memory bandwidth (bytes a second) and dense bf16 arithmetic (operations a second), by a part of the GPU's name.
-LIMITS_OF = {"B200": (8.0e12, 2250e12), "H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 312e12),
+GPU_LIMITS = {"B200": (8.0e12, 2250e12), "H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 312e12),
              "L40S": (0.86e12, 362e12), "4090": (1.0e12, 165e12)}
 
 
 def physics(groups, seconds, systems, settings, device):
     """What this process's devices did in a step: tokens a second that were drawn (prefill included) and that went through the
-    update, and on GPUs of LIMITS_OF, what part of the device's limit that is."""
-    config = systems.reference.config.text_config
-    layers, head = (sum(p.numel() for p in part.parameters()) for part in (systems.reference.model.layers, systems.reference.lm_head))
+    update, and on GPUs of GPU_LIMITS, what part of the device's limit that is."""
+    reference, passes = systems.reference, 4 if settings.lora_rank else 6       # operations a weight; frozen: no gradients
+    config = reference.config.text_config
+    layers, head = (sum(p.numel() for p in part.parameters()) for part in (reference.model.layers, reference.lm_head))
     drawn, steps, tokens, work = 0, 0, 0, 0.0
     for group in groups:
         P, (G, C) = len(group.prompt.ids) - 1, group.mask.shape
         drawn, steps, tokens = drawn + int(group.mask.sum()), max(steps, C), tokens + P + G * C
         pairs = P * P / 2 + G * C * (P + C / 2)                # of tokens that attend to one another
-        work += 6 * (layers * (P + G * C) + head * G * C) + 12 * config.num_hidden_layers * config.hidden_size * pairs
+        work += passes * (layers * (P + G * C) + head * G * C) + 12 * config.num_hidden_layers * config.hidden_size * pairs
     row = dict(decode_tokens_per_s=drawn / seconds["rollout"], update_tokens_per_s=tokens * settings.updates / seconds["update"])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for bandwidth, operations in (limit for part, limit in LIMITS_OF.items() if part in name):
-        read = (layers + head) * systems.reference.lm_head.weight.element_size() * steps * settings.accumulate
-        row |= dict(decode_bandwidth=read / seconds["rollout"] / bandwidth, update_mfu=work * settings.updates / seconds["update"] / operations)
+    for bandwidth, operations in (limit for part, limit in GPU_LIMITS.items() if part in name):
+        read = (layers + head) * reference.lm_head.weight.element_size() * steps * settings.accumulate
+        row |= dict(decode_bandwidth=read / seconds["rollout"] / bandwidth,
+                    update_mfu=work * settings.updates / seconds["update"] / operations)
     return {k: round(v, 4) for k, v in row.items()}
 
 

@@ -47,7 +47,8 @@ from segment import TOY_SAM2, Tracker, build_sam2, find_config, track_groups
 
 PARTS = ("rollout", "policy", "reference", "masks", "whole")
 # Times faster (and of memory: times less) than the recipe.
-TARGETS = {"cuda": dict(rollout=6.0, policy=3.5, masks=8.0, whole=5.0), "cpu": dict(rollout=3.0, policy=3.0, masks=8.0, whole=3.0)}
+TARGETS = {"cuda": dict(rollout=6.0, policy=3.5, masks=8.0, whole=5.0),
+           "cpu": dict(rollout=3.0, policy=3.0, masks=8.0, whole=3.0)}
 MEMORY_TARGETS = dict(policy=4.0)
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12}  # bytes a second of the device's memory, by its name
 PEAK_FLOPS = 989e12  # bf16 without sparsity, both of them
