@@ -564,7 +564,7 @@ class Thinker(nn.Module):
             if recorder and stale and c:  # the first step goes unrecorded: libraries set themselves up in it
                 run, stale = recorder(step, *now), False
             tokens = sample(run(*now), generators, n, rows.flatten(), temperature, top_k, top_p).view_as(rows)
-            drawn[rows, c] = tokens
+            drawn[:, c].index_copy_(0, rows.flatten(), tokens.flatten())
             ended |= torch.isin(tokens, eos)
             if (c + 1) % FINISH_CHECK:
                 continue
