@@ -433,8 +433,8 @@ def resident(name: str) -> int:
 
 def figures(times: dict, peaks: dict) -> dict:
     """A line of the table: times and peaks {side: seconds}, {side: bytes}, of ours and another."""
-    return {**{f"{name}_s": t for name, t in times.items()}, "ratio": ratio(*times.values()), "memory_ratio": ratio(*peaks.values()),
-            **{f"{name}_gb": None if x is None else x / 1e9 for name, x in peaks.items()}}
+    gb = {f"{name}_gb": None if x is None else x / 1e9 for name, x in peaks.items()}
+    return {f"{name}_s": t for name, t in times.items()} | gb | dict(ratio=ratio(*times.values()), memory_ratio=ratio(*peaks.values()))
 
 
 def physics(w: Work, rollout: float | None, policy: float | None) -> dict:
@@ -479,30 +479,32 @@ def scaling(w: Work, P: int, C: int, G: int, repeats: int) -> dict:
     return curves
 
 
-# ---- a peer: TRL ---------------------------------------------------------------------------------------------------
+# ---- a peer: TRL -------------------------------------------------------------------------------------------------
 
-PEER = """peer: ours against TRL's GRPOTrainer.training_step: image to patches, rollout, reward, reference, loss, backward; no optimizer, no
-masks. TRL does not know the Thinker, so there it is Qwen2.5-VL, with the same weights in language model and vision tower (whose q, k
-and v are one matrix there). Its reference is a second copy in memory. It prepares the image 2 G times, ours once; it keeps
-placeholders from being sampled, but in the softmax of log-probabilities. Both have the tower frozen and compute layers again."""
+PEER = """The peer's row: ours against TRL's GRPOTrainer.training_step, which takes the recipe's columns: image to patches, rollout,
+reward, reference, loss and backward pass; neither optimizer nor masks. TRL does not know the Thinker: there it is Qwen2.5-VL with
+the same weights, q, k and v of the tower in one matrix. Towers are frozen and layers computed again, on both sides. TRL prepares
+the image 2 G times, keeps the reference as a second copy, and leaves placeholders in the softmax (ours takes them out)."""
 
 
 def measure_peer(w: Work, shape: str, repeats: int) -> dict | None:
-    """Figures of a step of ours and of TRL on one image and some words, and what proves that they work on the same; None where
-    TRL is not installed."""
+    """Figures of a step on one image and some words; None where TRL is not installed. Ends the program where the two sides see
+    prompts or completions of different lengths or, in float32, other log-probabilities."""
     if importlib.util.find_spec("trl") is None:
         return None
     config, (G, C), P = w.ours.config, w.completions.shape, len(w.item.ids)
-    high, processor = math.isqrt(P - 8), peer_processor(config)
-    wide, side = (P - 8) // high, config.vision_config.patch_size * config.vision_config.spatial_merge_size  # in merged patches
+    high, side = math.isqrt(P - 8), config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    wide = (P - 8) // high  # in merged patches, each of `side` pixels
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side * high, side * wide, 3), np.uint8))
     words = " ".join(f"w{9 + i % 50}" for i in range(P - high * wide - 2))  # beside the image and its two brackets
     reward = lambda completion_ids, **_: [float(ids[0] % 7) for ids in completion_ids]
+    processor = peer_processor(config)
     trainer = peer_trainer(w, shape, processor, reward)
-    messages = [dict(role="user", content=[dict(type="image"), dict(type="text", text=words)])]
+    seen = {}  # of ours' last step
 
     def ours_step(w: Work) -> None:
-        w, made = replace(w), processor(text=[processor.apply_chat_template(messages)], images=[picture], return_tensors="pt")
+        text = "<|vision_start|><|image_pad|><|vision_end|>" + words
+        w, made = replace(w), processor(text=[text], images=[picture], return_tensors="pt")
         ids, grid = made["input_ids"], made["image_grid_thw"]
         positions = parts_of(w.theirs)[0].get_rope_index(ids, grid, None, torch.ones_like(ids), False, None, None)[0][:, 0]
         w.item = SimpleNamespace(ids=ids[0], positions=positions, patches=made["pixel_values"], grid=grid, mel=None)
@@ -515,39 +517,42 @@ def measure_peer(w: Work, shape: str, repeats: int) -> dict | None:
 
     def peer_step(w: Work) -> None:
         trainer.model.zero_grad()
-        trainer.training_step(trainer.model, [dict(prompt=[dict(role="user", content=words)], image=picture) for _ in range(G)], None)
+        trainer.training_step(trainer.model, [dict(prompt=[dict(role="user", content=words)], image=picture)] * G, None)
 
-    seen, steps = {}, dict(ours=ours_step, peer=peer_step)
-    peaks = {name: peak_memory(w, step) for name, step in steps.items()}
-    ours_step(w)
-    peer_step(w)
-    made, = trainer._buffered_inputs
-    with mock.patch.object(Thinker, "suppressed", torch.tensor([], dtype=torch.long, device=w.ours.device)), torch.no_grad():
-        logp, wanted = w.ours.logprobs(seen["prompt"], made["completion_ids"])[0], made["ref_per_token_logps"]
+    sides = dict(ours=dict(step=ours_step), peer=dict(step=peer_step))
+    peaks = {name: peak_memory(w, side["step"]) for name, side in sides.items()}
+    times = alternate(w, "step", repeats, sides)
+    if None in times.values():  # out of memory: nothing to compare
+        return dict(trl=version("trl"), logprobs=None, step=figures(times, peaks))
+    theirs, = trainer._buffered_inputs
+    tokens = [(len(seen["prompt"].ids), *seen["completions"].shape)]
+    tokens += [(int(row.sum()), *theirs["completion_mask"].shape) for row in theirs["prompt_mask"]]
+    with mock.patch.object(Thinker, "suppressed", w.ours.suppressed[:0]), torch.no_grad():
+        logp, wanted = w.ours.logprobs(seen["prompt"], theirs["completion_ids"])[0], theirs["ref_per_token_logps"]
     error = float((logp - wanted).abs().max() / wanted.abs().max())
-    shapes = [(len(seen["prompt"].ids), *seen["completions"].shape), (int(made["prompt_mask"][0].sum()), *made["completion_mask"].shape)]
-    if shapes != [(P, G, C)] * 2 or not made["completion_mask"].all() or w.ours.dtype == torch.float32 and not error <= 1e-4:
-        sys.exit(f"the peer has other work: prompt tokens, rows, tokens {shapes}, log-probabilities differ by {error:.1e}")
-    return dict(trl=version("trl"), logprobs=error) | figures(alternate(w, "step", repeats, {k: dict(step=v) for k, v in steps.items()}), peaks)
+    same = {*tokens} == {(P, G, C)} and theirs["completion_mask"].all() and (error <= 1e-4 or w.ours.dtype != torch.float32)
+    if not same:
+        sys.exit(f"TRL's work is not ours: prompt tokens, rows, tokens are {tokens}, log-probabilities differ by {error:.1e}")
+    return dict(trl=version("trl"), logprobs=error, step=figures(times, peaks))
 
 
 def peer_processor(config):
-    """A processor of Qwen2.5-VL as a shape's ids need it: one word for each, and the template is only the content."""
-    from tokenizers import Tokenizer as Words, models, pre_tokenizers
+    """A processor of Qwen2.5-VL for a shape's ids: one word for each; the chat template is nothing but the content."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen2_5_VLProcessor
-    special = {config.pad_token_id: "<|endoftext|>", 1: "<|im_end|>", config.image_token_index: "<|image_pad|>",
-               config.video_token_index: "<|video_pad|>", config.vision_start_token_id: "<|vision_start|>",
-               config.vision_end_token_id: "<|vision_end|>"}
-    words = Words(models.WordLevel({special.get(i, f"w{i}"): i for i in range(config.text_config.vocab_size)}, unk_token="w9"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>", eos_token="<|im_end|>",
+    special = {config.pad_token_id: "<|endoftext|>", 1: "<|im_end|>"}
+    special |= {config.image_token_index: "<|image_pad|>", config.video_token_index: "<|video_pad|>"}
+    special |= {config.vision_start_token_id: "<|vision_start|>", config.vision_end_token_id: "<|vision_end|>"}
+    words = {special.get(i, f"w{i}"): i for i in range(config.text_config.vocab_size)}
+    splitter = Tokenizer(models.WordLevel(words, unk_token="w9"))
+    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token=special[config.pad_token_id], eos_token=special[1],
                                         extra_special_tokens=list(special.values()), padding_side="left")
-    tower = config.vision_config
-    vision = dict(patch_size=tower.patch_size, merge_size=tower.spatial_merge_size, temporal_patch_size=tower.temporal_patch_size,
-                  size=dict(shortest_edge=1, longest_edge=2 ** 30))
-    return Qwen2_5_VLProcessor(Qwen2VLImageProcessor(**vision), tokenizer, Qwen2VLVideoProcessor(**vision), chat_template=(
-        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-        "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"))
+    tower, any_size = config.vision_config, dict(shortest_edge=1, longest_edge=2 ** 30)
+    vision = dict(patch_size=tower.patch_size, merge_size=tower.spatial_merge_size, temporal_patch_size=tower.temporal_patch_size)
+    return Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=any_size, **vision), tokenizer, Qwen2VLVideoProcessor(size=any_size, **vision),
+        chat_template="<|vision_start|><|image_pad|><|vision_end|>{{ messages[0].content[1].text }}")
 
 
 def peer_trainer(w: Work, shape: str, processor, reward):
@@ -555,39 +560,30 @@ def peer_trainer(w: Work, shape: str, processor, reward):
     from datasets import Dataset
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from trl import GRPOConfig, GRPOTrainer
-    sizes, config = read_shape(shape), w.ours.config
+    (G, C), config, sizes = w.completions.shape, w.ours.config, read_shape(shape)
+    same = {f"{x}_token_id": getattr(config, f"{x}_token_index") for x in ("image", "video")}
+    same |= {x: sizes[x] for x in ("vision_config", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")}
     text = sizes["text_config"] | dict(bos_token_id=None, eos_token_id=1, pad_token_id=config.pad_token_id)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        text_config=text, vision_config=sizes["vision_config"], image_token_id=config.image_token_index,
-        video_token_id=config.video_token_index, vision_start_token_id=config.vision_start_token_id,
-        vision_end_token_id=config.vision_end_token_id, tie_word_embeddings=False)).to(w.ours.dtype)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, **same))
     tower = w.ours.visual.state_dict()
     for name in [name for name in tower if ".attn.q." in name]:
         tower[name.replace(".q.", ".qkv.")] = torch.cat([tower.pop(name.replace(".q.", f".{x}.")) for x in "qkv"])
-    model.model.visual.load_state_dict(tower)
-    model.model.language_model.load_state_dict(w.ours.model.state_dict())
-    model.lm_head.load_state_dict(w.ours.lm_head.state_dict())
-    G, C = w.completions.shape
-    with tempfile.TemporaryDirectory() as folder:  # from which it loads the policy, and once more the reference
+    for part, weights in ((model.model.visual, tower), (model.model.language_model, w.ours.model.state_dict()),
+                          (model.lm_head, w.ours.lm_head.state_dict())):
+        part.load_state_dict(weights, assign=True)
+    with tempfile.TemporaryDirectory() as folder:  # TRL reads it twice: the policy and the reference
         model.save_pretrained(folder)
-        del model
         trainer = GRPOTrainer(folder, reward, GRPOConfig(
-            folder, beta=0.04, num_generations=G, per_device_train_batch_size=G, max_completion_length=C, loss_type="grpo",
-            model_init_kwargs=dict(dtype=w.ours.dtype), bf16=False, use_cpu=w.ours.device.type == "cpu", report_to="none",
-            generation_kwargs=dict(suppress_tokens=[1, *w.ours.suppressed.tolist()])),  # 1 ends a completion
+            folder, beta=0.04, loss_type="grpo", num_generations=G, per_device_train_batch_size=G, max_completion_length=C,
+            bf16=False, use_cpu=w.ours.device.type == "cpu", model_init_kwargs=dict(dtype=w.ours.dtype), report_to="none",
+            generation_kwargs=dict(suppress_tokens=[1, *w.ours.suppressed.tolist()])),  # 1 would end a completion
             Dataset.from_dict(dict(prompt=["never read"])), processing_class=processor)
     trainer.model.model.visual.requires_grad_(False)
-    trainer.model.enable_input_require_grads = lambda: None  # as in build
+    trainer.model.enable_input_require_grads = lambda: None  # see build
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer.current_gradient_accumulation_steps = 1
     return trainer
-
-
-def peer_row(peer: dict | None, kind: str) -> str:
-    if peer is None:
-        return f"| {'peer (trl)':>13} | not installed"
-    row = table({f"peer (trl {peer['trl']})": {k: x for k, x in peer.items() if k not in ("trl", "logprobs")}}, kind).splitlines()[1]
-    return f"{row}  (ours, peer; log-probabilities within {peer['logprobs']:.0e})\n{PEER}"
 
 
 # ---- the program -------------------------------------------------------------------------------------------------
@@ -600,7 +596,7 @@ def table(parts: dict, kind: str) -> str:
         times, sizes = (["" if t.get(name) is None else f"{t[name]:g}"] for t in (TARGETS[kind], MEMORY_TARGETS))
         pair = lambda unit: (show(x, 3) for key, x in p.items() if key.endswith(unit))  # of ours and the other
         lines.append([name, *pair("_s"), ratio_text(p["ratio"]), *times, *pair("_gb"), ratio_text(p["memory_ratio"]), *sizes])
-    return "\n".join("| " + " | ".join(f"{cell:>13}" for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(line, (17, *[13] * 8))) + " |" for line in lines)
 
 
 def ratio_text(x: float | None) -> str:
@@ -638,9 +634,9 @@ def main(arguments=None):
     print("the same outputs:", json.dumps(proof))
     times = {part: alternate(w, part, a.repeats) for part in PARTS}
     parts = {part: figures(t, peaks[part]) for part, t in times.items()}
-    print(table(parts, a.device))
+    print(table(parts | ({f"peer (trl {peer['trl']})": peer["step"]} if peer else {}), a.device))
     if a.peer:
-        print(peer_row(peer, a.device))
+        print(PEER if peer else "peer (trl): not installed")
     gpu = torch.cuda.get_device_name() if a.device == "cuda" else None
     result = dict(shape=a.shape, prompt=a.prompt, completion=a.completion, group=a.group, dtype=str(dtype).removeprefix("torch."),
                   device=gpu or platform.processor() or platform.machine(), threads=torch.get_num_threads(), proof=proof, parts=parts,
