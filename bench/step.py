@@ -6,13 +6,14 @@
 The recipe is transformers' own model with the same weights (the very same memory): `generate` over G rows, a full forward
 over G (P + C) tokens for the policy and again for the reference, with full logits; SAM2's own predictor, called once per
 completion. Weights are random, and so is the video in the prompt. Both sides have frozen towers and compute activations again
-again in the backward pass, as train.py does by default; both keep gradients of all language-model weights.
+in the backward pass, as train.py does by default; both keep gradients of all language-model weights.
 
 --peer adds a row: one whole step without masks against the same step of TRL's GRPOTrainer, where TRL is installed.
 
 Letters: P prompt tokens, all of them (model.py's prefix and one more), G completions of C tokens, V vocabulary, T frames.
 """
 import argparse
+import gc
 import importlib.util
 import json
 import math
@@ -434,7 +435,8 @@ def resident(name: str) -> int:
 def figures(times: dict, peaks: dict) -> dict:
     """A line of the table: times and peaks {side: seconds}, {side: bytes}, of ours and another."""
     gb = {f"{name}_gb": None if x is None else x / 1e9 for name, x in peaks.items()}
-    return {f"{name}_s": t for name, t in times.items()} | gb | dict(ratio=ratio(*times.values()), memory_ratio=ratio(*peaks.values()))
+    ratios = dict(ratio=ratio(*times.values()), memory_ratio=ratio(*peaks.values()))
+    return {f"{name}_s": t for name, t in times.items()} | ratios | gb
 
 
 def physics(w: Work, rollout: float | None, policy: float | None) -> dict:
@@ -630,13 +632,14 @@ def main(arguments=None):
     # Before anything else, for a fork of a process that has computed inherits what that left behind.
     peaks = {part: {name: peak_memory(w, side[part]) for name, side in SIDES.items()} for part in PARTS}
     peer = measure_peer(w, a.shape, a.repeats) if a.peer else None
+    gc.collect()  # TRL's trainer refers to itself, and would keep its two models
     proof = prove(w)
     print("the same outputs:", json.dumps(proof))
     times = {part: alternate(w, part, a.repeats) for part in PARTS}
     parts = {part: figures(t, peaks[part]) for part, t in times.items()}
     print(table(parts | ({f"peer (trl {peer['trl']})": peer["step"]} if peer else {}), a.device))
     if a.peer:
-        print(PEER if peer else "peer (trl): not installed")
+        print(PEER if peer else f"| {'peer (trl)':>17} | not installed |")
     gpu = torch.cuda.get_device_name() if a.device == "cuda" else None
     result = dict(shape=a.shape, prompt=a.prompt, completion=a.completion, group=a.group, dtype=str(dtype).removeprefix("torch."),
                   device=gpu or platform.processor() or platform.machine(), threads=torch.get_num_threads(), proof=proof, parts=parts,
