@@ -8,9 +8,13 @@ over G (P + C) tokens for the policy and again for the reference, with full logi
 completion. Weights are random, and so is the video in the prompt. Both sides have frozen towers and compute activations again
 in the backward pass, as train.py does by default; both keep gradients of all language-model weights.
 
+--peer adds a row: one whole step without masks against the same step of TRL's GRPOTrainer, where TRL is installed.
+
 Letters: P prompt tokens, all of them (model.py's prefix and one more), G completions of C tokens, V vocabulary, T frames.
 """
 import argparse
+import gc
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -28,6 +32,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 os.environ["TQDM_DISABLE"] = "1"  # SAM2's predictor draws bars of its own
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is to be downloaded, and TRL counts its users
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -40,7 +45,7 @@ from transformers import GenerationConfig, Qwen2_5OmniThinkerConfig, Qwen2_5Omni
 from transformers.utils import logging
 
 from data import Clip, Frames, at_least, toy_scene
-from grpo import policy_loss
+from grpo import group_advantages, policy_loss
 from model import Prompt, Thinker
 from rewards import mask_box
 from segment import TOY_SAM2, Tracker, build_sam2, find_config, track_groups
@@ -60,7 +65,11 @@ FRAMES, PAIRS = 16, 8  # of the tracked video; of the prompt's video, whose toke
 def config_of(shape: str) -> Qwen2_5OmniThinkerConfig:
     """The Thinker at a size. The towers of "small" take about the share of the language model's work that the 7B's do. "3b" is put
     together from its published language model; its towers are taken to be those of the 7B, its head untied."""
-    return Qwen2_5OmniThinkerConfig.from_dict(json.loads((HERE / f"shapes/{shape}/config.json").read_text()))
+    return Qwen2_5OmniThinkerConfig.from_dict(read_shape(shape))
+
+
+def read_shape(shape: str) -> dict:
+    return json.loads((HERE / f"shapes/{shape}/config.json").read_text())
 
 
 def build(shape: str, dtype: torch.dtype, device: str) -> tuple[Thinker, Qwen2_5OmniThinkerForConditionalGeneration]:
@@ -366,12 +375,12 @@ def seconds(w: Work, call) -> float:
     return time.perf_counter() - start
 
 
-def alternate(w: Work, part: str, repeats: int) -> dict:
+def alternate(w: Work, part: str, repeats: int, sides: dict = SIDES) -> dict:
     """{side: median seconds}; None where it does not fit. A warm-up each, then in turns, so that whatever else slows the machine
     meets both."""
-    times = {name: [] for name in SIDES}
+    times = {name: [] for name in sides}
     for _ in range(repeats + 1):
-        for name, side in SIDES.items():
+        for name, side in sides.items():
             if times[name] is not None:
                 try:
                     times[name].append(seconds(w, side[part]))
@@ -424,6 +433,13 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
 
 
+def figures(times: dict, peaks: dict) -> dict:
+    """A line of the table: times and peaks {side: seconds}, {side: bytes}, of ours and another."""
+    gb = {f"{name}_gb": None if x is None else x / 1e9 for name, x in peaks.items()}
+    ratios = dict(ratio=ratio(*times.values()), memory_ratio=ratio(*peaks.values()))
+    return {f"{name}_s": t for name, t in times.items()} | ratios | gb
+
+
 def physics(w: Work, rollout: float | None, policy: float | None) -> dict:
     """On a GPU: ours' decoding against the time to read the weights, and the useful work of the policy pass against the peak."""
     name = torch.cuda.get_device_name()
@@ -466,6 +482,113 @@ def scaling(w: Work, P: int, C: int, G: int, repeats: int) -> dict:
     return curves
 
 
+# ---- a peer: TRL -------------------------------------------------------------------------------------------------
+
+PEER = """The peer's row: ours against TRL's GRPOTrainer.training_step, which takes the recipe's columns: image to patches, rollout,
+reward, reference, loss and backward pass; neither optimizer nor masks. TRL does not know the Thinker: there it is Qwen2.5-VL with
+the same weights, q, k and v of the tower in one matrix. Towers are frozen and layers computed again, on both sides. TRL prepares
+the image 2 G times, keeps the reference as a second copy, and leaves placeholders in the softmax (ours takes them out)."""
+
+
+def measure_peer(w: Work, shape: str, repeats: int) -> dict | None:
+    """Figures of a step on one image and some words; None where TRL is not installed. Ends the program where the two sides see
+    prompts or completions of different lengths or, in float32, other log-probabilities."""
+    if importlib.util.find_spec("trl") is None:
+        return None
+    config, (G, C), P = w.ours.config, w.completions.shape, len(w.item.ids)
+    high, side = math.isqrt(P - 8), config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    wide = (P - 8) // high  # in merged patches, each of `side` pixels
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side * high, side * wide, 3), np.uint8))
+    words = " ".join(f"w{9 + i % 50}" for i in range(P - high * wide - 2))  # beside the image and its two brackets
+    reward = lambda completion_ids, **_: [float(ids[0] % 7) for ids in completion_ids]
+    processor = peer_processor(config)
+    trainer = peer_trainer(w, shape, processor, reward)
+    seen = {}  # of ours' last step
+
+    def ours_step(w: Work) -> None:
+        text = "<|vision_start|><|image_pad|><|vision_end|>" + words
+        w, made = replace(w), processor(text=[text], images=[picture], return_tensors="pt")
+        ids, grid = made["input_ids"], made["image_grid_thw"]
+        positions = parts_of(w.theirs)[0].get_rope_index(ids, grid, None, torch.ones_like(ids), False, None, None)[0][:, 0]
+        w.item = SimpleNamespace(ids=ids[0], positions=positions, patches=made["pixel_values"], grid=grid, mel=None)
+        w.completions = ours_rollout(w)
+        processor.batch_decode(w.completions)  # as TRL does
+        w.advantages = group_advantages(reward(w.completions.tolist()), G).to(w.ours.device)
+        w.reference_logp = ours_reference(w)
+        ours_policy(w)
+        seen.update(vars(w))
+
+    def peer_step(w: Work) -> None:
+        trainer.model.zero_grad()
+        trainer.training_step(trainer.model, [dict(prompt=[dict(role="user", content=words)], image=picture)] * G, None)
+
+    sides = dict(ours=dict(step=ours_step), peer=dict(step=peer_step))
+    peaks = {name: peak_memory(w, side["step"]) for name, side in sides.items()}
+    times = alternate(w, "step", repeats, sides)
+    if None in times.values():  # out of memory: nothing to compare
+        return dict(trl=version("trl"), logprobs=None, step=figures(times, peaks))
+    theirs, = trainer._buffered_inputs
+    tokens = [(len(seen["prompt"].ids), *seen["completions"].shape)]
+    tokens += [(int(row.sum()), *theirs["completion_mask"].shape) for row in theirs["prompt_mask"]]
+    with mock.patch.object(Thinker, "suppressed", w.ours.suppressed[:0]), torch.no_grad():
+        logp, wanted = w.ours.logprobs(seen["prompt"], theirs["completion_ids"])[0], theirs["ref_per_token_logps"]
+    error = float((logp - wanted).abs().max() / wanted.abs().max())
+    same = {*tokens} == {(P, G, C)} and theirs["completion_mask"].all() and (error <= 1e-4 or w.ours.dtype != torch.float32)
+    if not same:
+        sys.exit(f"TRL's work is not ours: prompt tokens, rows, tokens are {tokens}, log-probabilities differ by {error:.1e}")
+    return dict(trl=version("trl"), logprobs=error, step=figures(times, peaks))
+
+
+def peer_processor(config):
+    """A processor of Qwen2.5-VL for a shape's ids: one word for each; the chat template is nothing but the content."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor, Qwen2_5_VLProcessor
+    special = {config.pad_token_id: "<|endoftext|>", 1: "<|im_end|>"}
+    special |= {config.image_token_index: "<|image_pad|>", config.video_token_index: "<|video_pad|>"}
+    special |= {config.vision_start_token_id: "<|vision_start|>", config.vision_end_token_id: "<|vision_end|>"}
+    words = {special.get(i, f"w{i}"): i for i in range(config.text_config.vocab_size)}
+    splitter = Tokenizer(models.WordLevel(words, unk_token="w9"))
+    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token=special[config.pad_token_id], eos_token=special[1],
+                                        extra_special_tokens=list(special.values()), padding_side="left")
+    tower, any_size = config.vision_config, dict(shortest_edge=1, longest_edge=2 ** 30)
+    vision = dict(patch_size=tower.patch_size, merge_size=tower.spatial_merge_size, temporal_patch_size=tower.temporal_patch_size)
+    return Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=any_size, **vision), tokenizer, Qwen2VLVideoProcessor(size=any_size, **vision),
+        chat_template="<|vision_start|><|image_pad|><|vision_end|>{{ messages[0].content[1].text }}")
+
+
+def peer_trainer(w: Work, shape: str, processor, reward):
+    """TRL's trainer of a Qwen2.5-VL with ours' weights, ready for a training_step on G rows."""
+    from datasets import Dataset
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from trl import GRPOConfig, GRPOTrainer
+    (G, C), config, sizes = w.completions.shape, w.ours.config, read_shape(shape)
+    same = {f"{x}_token_id": getattr(config, f"{x}_token_index") for x in ("image", "video")}
+    same |= {x: sizes[x] for x in ("vision_config", "vision_start_token_id", "vision_end_token_id", "tie_word_embeddings")}
+    text = sizes["text_config"] | dict(bos_token_id=None, eos_token_id=1, pad_token_id=config.pad_token_id)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, **same))
+    tower = w.ours.visual.state_dict()
+    for name in [name for name in tower if ".attn.q." in name]:
+        tower[name.replace(".q.", ".qkv.")] = torch.cat([tower.pop(name.replace(".q.", f".{x}.")) for x in "qkv"])
+    for part, weights in ((model.model.visual, tower), (model.model.language_model, w.ours.model.state_dict()),
+                          (model.lm_head, w.ours.lm_head.state_dict())):
+        part.load_state_dict(weights, assign=True)
+    with tempfile.TemporaryDirectory() as folder:  # TRL reads it twice: the policy and the reference
+        model.save_pretrained(folder)
+        trainer = GRPOTrainer(folder, reward, GRPOConfig(
+            folder, beta=0.04, loss_type="grpo", num_generations=G, per_device_train_batch_size=G, max_completion_length=C,
+            bf16=False, use_cpu=w.ours.device.type == "cpu", model_init_kwargs=dict(dtype=w.ours.dtype), report_to="none",
+            generation_kwargs=dict(suppress_tokens=[1, *w.ours.suppressed.tolist()])),  # 1 would end a completion
+            Dataset.from_dict(dict(prompt=["never read"])), processing_class=processor)
+    trainer.model.model.visual.requires_grad_(False)
+    trainer.model.enable_input_require_grads = lambda: None  # see build
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
 # ---- the program -------------------------------------------------------------------------------------------------
 
 def table(parts: dict, kind: str) -> str:
@@ -474,17 +597,17 @@ def table(parts: dict, kind: str) -> str:
     lines = [("part", "ours s", "recipe s", "ratio", "target", "ours GB", "recipe GB", "ratio", "target")]
     for name, p in parts.items():
         times, sizes = (["" if t.get(name) is None else f"{t[name]:g}"] for t in (TARGETS[kind], MEMORY_TARGETS))
-        lines.append([name, *(show(p[key], 3) for key in ("ours_s", "recipe_s")), ratio_text(p["ratio"]), *times,
-                      *(show(p[key], 3) for key in ("ours_gb", "recipe_gb")), ratio_text(p["memory_ratio"]), *sizes])
-    return "\n".join("| " + " | ".join(f"{cell:>13}" for cell in line) + " |" for line in lines)
+        pair = lambda unit: (show(x, 3) for key, x in p.items() if key.endswith(unit))  # of ours and the other
+        lines.append([name, *pair("_s"), ratio_text(p["ratio"]), *times, *pair("_gb"), ratio_text(p["memory_ratio"]), *sizes])
+    return "\n".join("| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(line, (17, *[13] * 8))) + " |" for line in lines)
 
 
 def ratio_text(x: float | None) -> str:
     return "" if x is None else f"{x:.2f}"
 
 
-def ratio(ours: float | None, recipe: float | None) -> float | None:
-    return None if ours is None or recipe is None else recipe / max(ours, 1e-9)
+def ratio(ours: float | None, other: float | None) -> float | None:
+    return None if ours is None or other is None else other / max(ours, 1e-9)
 
 
 def main(arguments=None):
@@ -497,6 +620,7 @@ def main(arguments=None):
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--repeats", type=at_least(1), default=3, help="timed runs of each part and side, after one that is not")
     parser.add_argument("--threads", type=at_least(1), help="of the CPU; default: as torch decides")
+    parser.add_argument("--peer", action="store_true", help="also a step of TRL's GRPOTrainer, where TRL is installed")
     parser.add_argument("--scaling", action="store_true", help="also the policy pass over P and over G, into bench/scaling.png")
     a = parser.parse_args(arguments)
     if a.threads:
@@ -508,18 +632,22 @@ def main(arguments=None):
     w = Work(ours, theirs, build_tracker(a.device), clip=clip, boxes=boxes, **rows_of(ours, theirs, a.prompt, a.completion, a.group))
     # Before anything else, for a fork of a process that has computed inherits what that left behind.
     peaks = {part: {name: peak_memory(w, side[part]) for name, side in SIDES.items()} for part in PARTS}
+    peer = measure_peer(w, a.shape, a.repeats) if a.peer else None
+    gc.collect()  # TRL's trainer refers to itself, and would keep its two models
     proof = prove(w)
     print("the same outputs:", json.dumps(proof))
     times = {part: alternate(w, part, a.repeats) for part in PARTS}
-    parts = {part: dict(ours_s=t["ours"], recipe_s=t["recipe"], ratio=ratio(**t), memory_ratio=ratio(**peaks[part]),
-                        **{f"{name}_gb": None if x is None else x / 1e9 for name, x in peaks[part].items()})
-             for part, t in times.items()}
-    print(table(parts, a.device))
+    parts = {part: figures(t, peaks[part]) for part, t in times.items()}
+    print(table(parts | ({f"peer (trl {peer['trl']})": peer["step"]} if peer else {}), a.device))
+    if a.peer:
+        print(PEER if peer else f"| {'peer (trl)':>17} | not installed |")
     gpu = torch.cuda.get_device_name() if a.device == "cuda" else None
     result = dict(shape=a.shape, prompt=a.prompt, completion=a.completion, group=a.group, dtype=str(dtype).removeprefix("torch."),
                   device=gpu or platform.processor() or platform.machine(), threads=torch.get_num_threads(), proof=proof, parts=parts,
                   physics=physics(w, times["rollout"]["ours"], times["policy"]["ours"]) if gpu else {},
                   versions={name: version(name) for name in ("torch", "transformers", "sam2")})
+    if a.peer:
+        result["peer"] = peer or "not installed"
     if a.scaling:
         result["scaling"] = scaling(w, a.prompt, a.completion, a.group, a.repeats)
     print(json.dumps(result))
