@@ -63,8 +63,8 @@ FRAMES, PAIRS = 16, 8  # of the tracked video; of the prompt's video, whose toke
 # ---- shapes and weights ------------------------------------------------------------------------------------------
 
 def config_of(shape: str) -> Qwen2_5OmniThinkerConfig:
-    """The Thinker at a size. The towers of "small" take about the share of the language model's work that the 7B's do. "3b" is put
-    together from its published language model; its towers are taken to be those of the 7B, its head untied."""
+    """The Thinker at a size. The towers of "small" take about the share of the language model's work that the 7B's do. "3b" is
+    put together from its published language model; its towers are taken to be those of the 7B, its head untied."""
     return Qwen2_5OmniThinkerConfig.from_dict(read_shape(shape))
 
 
@@ -211,7 +211,8 @@ def recipe_rollout(w: Work, temperature=1.0) -> Tensor:
     how = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature else dict(do_sample=False)
     C, P = w.completions.shape[1], len(w.item.ids)
     w.theirs.eval()
-    w.theirs.generation_config = GenerationConfig(max_new_tokens=C, pad_token_id=0, suppress_tokens=w.ours.suppressed.tolist(), **how)
+    how |= dict(max_new_tokens=C, pad_token_id=0, suppress_tokens=w.ours.suppressed.tolist())
+    w.theirs.generation_config = GenerationConfig(**how)
     return w.theirs.generate(**recipe_inputs(w, w.item.ids.to(w.ours.device).repeat(w.group, 1)))[:, P:]
 
 
@@ -244,7 +245,7 @@ def recipe_masks(w: Work) -> list:
     with predictor_precision(w.ours.device.type):
         for boxes in w.boxes:
             with tempfile.TemporaryDirectory() as folder:
-                for t in range(len(w.clip.frames)):  # it insists on the name, not on the format; lossless, so that both see the same
+                for t in range(len(w.clip.frames)):  # it insists on the name, not on the format; lossless for both
                     w.clip.frames[t].save(f"{folder}/{t:05d}.jpg", format="png", compress_level=1)
                 state = model.init_state(folder)
                 for n, (t, box) in enumerate((t, box) for t, many in boxes.items() for box in many):
@@ -453,7 +454,8 @@ def physics(w: Work, rollout: float | None, policy: float | None) -> dict:
     head = w.ours.lm_head.weight.numel()  # embeddings are looked up, not read
     pairs = P ** 2 / 2 + G * C * (P + C / 2)  # of tokens that attend to one another
     work = 6 * (layers * (P + G * C) + head * G * C) + 12 * config.num_hidden_layers * config.hidden_size * pairs
-    return dict(decode_tokens_per_s=steps * G, bandwidth_share=(layers + head) * w.ours.lm_head.weight.element_size() * steps / bandwidth,
+    read = (layers + head) * w.ours.lm_head.weight.element_size() * steps  # bytes a second
+    return dict(decode_tokens_per_s=steps * G, bandwidth_share=read / bandwidth,
                 policy_mfu=work / policy / PEAK_FLOPS)
 
 
@@ -484,8 +486,8 @@ def scaling(w: Work, P: int, C: int, G: int, repeats: int) -> dict:
 
 # ---- a peer: TRL -------------------------------------------------------------------------------------------------
 
-PEER = """The peer's row: ours against TRL's GRPOTrainer.training_step, which takes the recipe's columns: image to patches, rollout,
-reward, reference, loss and backward pass; neither optimizer nor masks. TRL does not know the Thinker: there it is Qwen2.5-VL with
+PEER = """The peer's row: ours against TRL's GRPOTrainer.training_step, in the recipe's columns: image to patches, rollout, reward,
+reference, loss and backward pass; neither optimizer nor masks. TRL does not know the Thinker: there it is Qwen2.5-VL with
 the same weights, q, k and v of the tower in one matrix. Towers are frozen and layers computed again, on both sides. TRL prepares
 the image 2 G times, keeps the reference as a second copy, and leaves placeholders in the softmax (ours takes them out)."""
 
@@ -629,7 +631,8 @@ def main(arguments=None):
     dtype = getattr(torch, a.dtype or ("float32" if a.device == "cpu" else "bfloat16"))
     ours, theirs = build(a.shape, dtype, a.device)
     clip, boxes = clip_and_boxes(a.group, 128 if a.device == "cpu" else 640)
-    w = Work(ours, theirs, build_tracker(a.device), clip=clip, boxes=boxes, **rows_of(ours, theirs, a.prompt, a.completion, a.group))
+    rows = rows_of(ours, theirs, a.prompt, a.completion, a.group)
+    w = Work(ours, theirs, build_tracker(a.device), clip=clip, boxes=boxes, **rows)
     # Before anything else, for a fork of a process that has computed inherits what that left behind.
     peaks = {part: {name: peak_memory(w, side[part]) for name, side in SIDES.items()} for part in PARTS}
     peer = measure_peer(w, a.shape, a.repeats) if a.peer else None
@@ -643,7 +646,8 @@ def main(arguments=None):
         print(PEER if peer else f"| {'peer (trl)':>17} | not installed |")
     gpu = torch.cuda.get_device_name() if a.device == "cuda" else None
     result = dict(shape=a.shape, prompt=a.prompt, completion=a.completion, group=a.group, dtype=str(dtype).removeprefix("torch."),
-                  device=gpu or platform.processor() or platform.machine(), threads=torch.get_num_threads(), proof=proof, parts=parts,
+                  device=gpu or platform.processor() or platform.machine(), threads=torch.get_num_threads(), proof=proof,
+                  parts=parts,
                   physics=physics(w, times["rollout"]["ours"], times["policy"]["ours"]) if gpu else {},
                   versions={name: version(name) for name in ("torch", "transformers", "sam2")})
     if a.peer:
