@@ -238,7 +238,7 @@ def accumulate_gradients(systems, group, settings, totals, scale, first, keep):
                              clip_low=settings.clip_low, clip_high=settings.clip_high, ratio=settings.ratio,
                              average=settings.average, longest=settings.max_new_tokens, totals=totals)
     if left_out(group, settings):
-        loss = loss * 0.0                    # still a backward pass, so that all processes run the same collectives
+        loss = loss.nan_to_num() * 0.0       # still a backward pass, so that all processes run the same collectives
     (loss * scale).backward()
     if first and keep:
         group.old_logp = logp.detach()

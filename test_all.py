@@ -3628,6 +3628,40 @@ def test_another_run_is_not_continued_and_a_finished_one_not_repeated(straight, 
     assert "out/straight1 is finished: 6 steps" in capsys.readouterr().out
 
 
+def test_a_finished_run_goes_on_with_more_steps_and_a_damaged_checkpoint_is_named(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "plot", nothing_else)
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY, "--name", "more", "--steps", "2"])
+    train.main([*TINY, "--name", "more", "--steps", "3"])
+    assert "continues at step 2 from out/more/step-000002" in capsys.readouterr().out and log_lines(tmp_path, "more") == 3
+    (state,) = (tmp_path / "out/more/step-000003/state").glob("*.distcp")
+    state.write_bytes(state.read_bytes()[:100])
+    for damage in (nothing_else, shutil.rmtree):
+        damage(state.parent)
+        with pytest.raises(SystemExit) as end:
+            train.main([*TINY, "--name", "more", "--steps", "4"])
+        assert end.value.code == 2 and "step-000003/state is damaged or incomplete; once" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out/more/step-000003")
+    train.main([*TINY, "--name", "more", "--steps", "4"])
+    assert outcome(tmp_path, "more")[0][-1]["step"] == 3
+
+
+def test_two_runs_of_one_name_do_not_meet(tmp_path):
+    with train.only_one(tmp_path):
+        with pytest.raises(BadInput, match="another process is writing to"):
+            train.only_one(tmp_path)
+    train.only_one(tmp_path).close()
+
+
+def test_a_killed_worker_ends_the_run(tmp_path):
+    """Its other workers must not keep the process alive: nobody would start it again."""
+    command = [sys.executable, ROOT / "train.py", *TINY, "--workers", "2", "--name", "workers", "--steps", "500"]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "out/workers/metrics.jsonl").exists() and log_lines(tmp_path, "workers") > 1)
+    os.kill(max(children(run.pid)), signal.SIGKILL)
+    assert "is killed by signal: Killed" in run.communicate(timeout=60)[1] and run.returncode == 1
+
+
 def hang(_):
     """The second process falls asleep while it reads the second step's clips."""
     whole = train.Samples.__getitem__

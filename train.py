@@ -12,6 +12,7 @@ The same command again continues a run that was cut off, from its newest checkpo
 """
 import argparse
 import dataclasses
+import fcntl
 import gc
 import json
 import math
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -63,8 +64,8 @@ class Settings:
     sam2: str = setting("", "SAM2 config, a yaml file or a name inside the package sam2; empty: told by the weights' name")
     sam2_weights: str = setting(TOY_SAM2, "SAM2 weights, a .pt file")
     data: str = setting("toy", "datasets, by commas: toy, revos, mevis, refavs, refcocog, video_r1")
-    validate: int = setting(16, "clips kept out of training; at every checkpoint their mean reward, answered greedily, is logged, and "
-                            "the best checkpoint stays")
+    validate: int = setting(16, "clips kept out of training; at every checkpoint their mean reward, answered greedily, is "
+                            "logged, and the best checkpoint stays")
     data_root: str = setting(".", "folder that holds one folder per dataset; one that lies elsewhere: --revos_root DIR, ...")
     roots: dict = dataclasses.field(default_factory=dict)      # folder of a dataset: where it lies, of those given apart
     seed: int = setting(0, "of data order, example times and sampling")
@@ -77,8 +78,8 @@ class Settings:
     warmup: int = setting(10, "steps of linear warm-up, before a cosine down to 0")
     weight_decay: float = setting(0.01, "of AdamW")
     clip_norm: float = setting(5.0, "largest norm of a step's gradient")
-    lora_rank: int = setting(0, "of low-rank adapters, trained in place of the weights, which then are policy, reference and System 2 "
-                             "at once (they want a larger --lr); 0: none, all weights are trained")
+    lora_rank: int = setting(0, "of low-rank adapters, trained in place of the weights, which then are policy, reference and "
+                             "System 2 at once (they want a larger --lr); 0: none, all weights are trained")
     # Rollout
     group: int = setting(8, "completions of a prompt, G")
     max_new_tokens: int = setting(2048, "longest completion")
@@ -118,7 +119,7 @@ class Settings:
     keep: int = setting(2, "newest checkpoints that are kept, beside the best")
     plot_every: int = setting(20, "steps between drawings of curves.png")
     # Planning
-    plan: bool = setting(False, "whether only to print the memory that a step needs; the policy's config.json is enough, and no GPU")
+    plan: bool = setting(False, "whether only to print the memory a step needs; the policy's config.json is enough, and no GPU")
     nproc: str = setting("8", "numbers of processes to plan for, by commas; nodes have 8 GPUs")
     prompt_tokens: int = setting(4096, "tokens of a prompt, to plan with")
 
@@ -205,7 +206,7 @@ def start_processes(device, minutes=30.0):
 def shard(thinker, dtype, device, hybrid=True):
     """Shards the language model's weights over all processes (FSDP2): float32 at rest, `dtype` in computation. The frozen
     towers stay whole on every process, outside, so that a clip without sound cannot make the others wait. hybrid: on several
-    nodes each holds all shards, so that only gradients, added up once a step, pass between nodes."""
+    nodes each holds all shards, so that only gradients pass between nodes."""
     towers = {p for tower in (thinker.visual, thinker.audio_tower) for p in tower.parameters()}
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -222,8 +223,9 @@ def shard(thinker, dtype, device, hybrid=True):
 
 def rest_on_host(thinker, device):
     """Moves a language model's weights to host memory -> the context in which they are on the device."""
-    weights = [*thinker.model.parameters(), *thinker.lm_head.parameters()]
-    copies = [p.data.cpu().pin_memory() if device.type == "cuda" else p.data for p in weights]
+    weights = list(dict.fromkeys([*thinker.model.parameters(), *thinker.lm_head.parameters()]))           # tied ones once
+    flat = torch.empty(sum(p.numel() for p in weights), dtype=thinker.dtype, pin_memory=device.type == "cuda")
+    copies = [part.view_as(p).copy_(p) for p, part in zip(weights, flat.split([p.numel() for p in weights]))]
 
     def move(places):
         for p, place in zip(weights, places):
@@ -312,7 +314,7 @@ def memory_plan(settings, world):
     weights = sum(p.numel() for p in thinker.parameters()) - towers
     sam2 = build_sam2(settings.sam2 or find_config(settings.sam2_weights))
 
-    shards = min(world, 8) if settings.hybrid else world
+    shards = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", 8))) if settings.hybrid else world
     B, G, C, P = -(-settings.batch // world), settings.group, settings.max_new_tokens, settings.prompt_tokens
     rows = P + G * C                                           # tokens of the update, a group at a time
     token = 2 * L * config.num_key_value_heads * (D // config.num_attention_heads) * wide      # of a cache
@@ -346,7 +348,9 @@ def print_plan(settings, worlds):
         print(f"{world:3} x", *(f"{phase} {total:.1f}" for phase, total in totals.items()),
               f"   fits {' '.join(fits) or f'no device of up to {GPUS[-1]} GB'}")
     parts = {k: v / 1e9 for phase in plan.values() for k, v in phase.items()}
-    print("  with:", ", ".join(f"{k} {v:.1f}" for k, v in parts.items() if v > 5e7 / 1e9))
+    print("  with:", ", ".join(f"{k} {v:.1f}" for k, v in parts.items() if v > 0.05))
+    if settings.reference == "host" and not settings.lora_rank:
+        print(f"  and in host memory, for each device, the reference {parts['whole reference']:.1f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,16 +368,18 @@ def main(arguments=None):
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):   # torchrun's --max_restarts: on with the run just begun
         settings = dataclasses.replace(settings, overwrite=False, resume="auto")
     rank, world, device = start_processes(settings.device, settings.timeout_minutes)
-    watch = Watch()
+    watch, out = Watch(), os.path.join("out", settings.name)
     before = signal.signal(signal.SIGTERM, lambda *_: setattr(watch, "told", True))
     try:
-        with guard(watch, os.path.join("out", settings.name), settings.timeout_minutes, rank, world):
-            train(settings, rank, world, device, watch)
+        with only_one(out) if rank == 0 else nullcontext(), guard(watch, out, settings.timeout_minutes, rank, world):
+            try:
+                train(settings, rank, world, device, watch)
+            finally:
+                dist.destroy_process_group()                   # may wait for others, too
     except (OSError, BadInput) as error:                       # anything else is a bug and keeps its traceback
         sys.exit(fail(error))
     finally:
         signal.signal(signal.SIGTERM, before)
-        dist.destroy_process_group()
 
 
 def train(settings, rank, world, device, watch):
@@ -422,7 +428,7 @@ def train(settings, rank, world, device, watch):
         watch.lap("update")
         row = metrics(step, groups, sums, norm, skipped, watch, optimizer, device)
         row["speed"] = physics(groups, watch.seconds, systems, settings, device)
-        due = (step + 1) % settings.save_every == 0
+        due = (step + 1) % settings.save_every == 0 or step + 1 == settings.steps     # the last: a larger --steps goes on there
         if due and held:
             row["validation"] = validate(systems, held, settings, watch, rank, world, device)
         if rank == 0:
@@ -434,7 +440,8 @@ def train(settings, rank, world, device, watch):
         unfit = unfit + 1 if skipped else 0
         if unfit == PATIENCE:                                  # the same on every process
             bar.close()
-            sys.exit(f"error: step {step}: the {PATIENCE}th step in a row with a non-finite gradient; see {out}/metrics.jsonl")
+            problem = f"error: step {step}: the {PATIENCE}th step in a row with a non-finite gradient; see {out}/metrics.jsonl"
+            sys.exit(1 if rank else problem)
         told = sums_over_processes(dict(told=watch.told), device)["told"] > 0 and step + 1 < settings.steps
         if told or due:
             path = os.path.join(out, f"step-{step + 1:06d}")
@@ -541,7 +548,8 @@ def sample_loader(sources, processor, settings, start, rank, world):
 def begin_worker(_):
     gc.freeze()                                                # a fork that tidied up after its parent would wait for threads
     torch.set_num_threads(1)                                   # that it does not have
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)              # torchrun tells all, and the step is still to be finished
+    os.setpgrp()                                               # torchrun tells groups to end, but the step still wants clips
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))      # 0 is no failure to the loader
 
 
 def schedule(step, settings):
@@ -645,6 +653,18 @@ def check_place(out, settings):
         raise BadInput(f"--policy {settings.policy} lies in {out}, where the run would replace it; give another --name")
 
 
+def only_one(out):
+    """A file that is locked until it is closed. Raises BadInput where another run has done so: a job that was requeued, perhaps,
+    while the first is still saving."""
+    os.makedirs(out, exist_ok=True)
+    lock = open(os.path.join(out, "lock"), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another process is writing to {out}; give another --name, or wait for it to end") from None
+    return lock
+
+
 def identity(settings, world):
     """What a run is: its settings and what it runs on."""
     revision = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "--short", "HEAD"],
@@ -718,7 +738,11 @@ def restore(checkpoint, policy, optimizer, rank, alike):
     random states are known."""
     state = training_state(policy, optimizer, rank)
     random = state["random"] if alike else state.pop("random")
-    dcp.load(state, checkpoint_id=checkpoint / "state")
+    try:
+        dcp.load(state, checkpoint_id=checkpoint / "state")
+    except (dcp.api.CheckpointException, AssertionError):      # the latter: nothing there at all
+        raise BadInput(f"{checkpoint}/state is damaged or incomplete; once {checkpoint} is removed, the same command continues "
+                       f"from the checkpoint before") from None
     torch.set_rng_state(random[f"cpu-{rank}"])
     if f"cuda-{rank}" in random:
         torch.cuda.set_rng_state(random[f"cuda-{rank}"])
@@ -766,7 +790,7 @@ def save(systems, path, run, rank, world, optimizer=None):
 
 def remove_old(out, keep):
     """Leaves the newest `keep` checkpoints, and the best by validation."""
-    checkpoints = sorted(Path(out).glob("step-??????"))
+    checkpoints = [path.parent for path in sorted(Path(out).glob("step-??????/run.json"))]
     scores = {path: read_json(path / "run.json")["validation"] for path in checkpoints}
     best = max((path for path in checkpoints if scores[path] is not None), key=scores.get, default=None)
     for old in checkpoints[:-keep]:
