@@ -371,9 +371,10 @@ def main(arguments=None):
     watch, out = Watch(), os.path.join("out", settings.name)
     before = signal.signal(signal.SIGTERM, lambda *_: setattr(watch, "told", True))
     try:
-        with only_one(out) if rank == 0 else nullcontext(), guard(watch, out, settings.timeout_minutes, rank, world):
+        with guard(watch, out, settings.timeout_minutes, rank, world):
             try:
-                train(settings, rank, world, device, watch)
+                with only_one(out) if rank == 0 else nullcontext():
+                    train(settings, rank, world, device, watch)
             finally:
                 dist.destroy_process_group()                   # may wait for others, too
     except (OSError, BadInput) as error:                       # anything else is a bug and keeps its traceback
