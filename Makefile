@@ -3,9 +3,11 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 TOY ?= --clips 60
+# Two processes, a file of tests at a time.
+TESTS = -n 2 --dist loadfile test_all.py tests
 
-# The toy's tensors are too small to share among threads. Freed memory stays with the process instead of being fetched from the
-# system anew, page by page, at every step.
+# The toy's tensors are too small to share among threads. Freed memory stays with the process: fetched anew from the
+# system, page by page, it would cost a lot at every step.
 export OMP_NUM_THREADS = 1
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
@@ -18,16 +20,17 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 	touch $@
 
 demo: .venv/installed
-	$(PY) eval.py $(TOY) --out out/demo/before
+	$(PY) eval.py $(TOY) --out out/demo/before --overwrite true
 	$(PY) train.py --name demo --overwrite true
-	$(PY) eval.py $(TOY) --policy out/demo/policy --out out/demo/after --against out/demo/before/results.json
+	$(PY) eval.py $(TOY) --policy out/demo/policy --out out/demo/after --overwrite true \
+		--against out/demo/before/results.json
 	$(PY) segment.py --index 1 --policy out/demo/policy --out out/demo/clip
 	@echo "look at: out/demo/curves.png  out/demo/clip/overlay.webp  out/demo/after/results.json"
 
 test: .venv/installed
-	$(PY) -m pytest -q test_all.py -m "not slow"
+	$(PY) -m pytest -q $(TESTS) -m "not slow"
 
 test-all: .venv/installed
-	$(PY) -m pytest -q test_all.py -m "slow or not slow"
+	$(PY) -m pytest -q $(TESTS)
 
 .PHONY: demo test test-all

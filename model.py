@@ -1,21 +1,23 @@
 """The Thinker of Qwen2.5-Omni: towers, language model, generation, log-probabilities, checkpoints.
 
-Both towers come from transformers and stay frozen. The language model is written out here and works on flat tokens:
-every layer sees one matrix of N tokens, and a *layout* decides which of them attend to which. There are four:
+Both towers come from transformers and stay frozen. The language model is written out here and works on flat
+tokens: every layer sees one matrix of N tokens, and a *layout* decides which of them attend to which.
 
-    Rows          B right-padded sequences, each causal                               supervised training, tests
-    Prefill       the same, and the keys and values of the prompts go into a Cache    before generation
-    Cache         one new token per row against prompt and own past                   generation
-    SharedPrefix  one prompt, computed once, and the G completions that share it      log-probabilities, training
+    Rows          B right-padded rows, each causal                           supervised training, tests
+    Prefill       the same; the prompts' keys and values go into a Cache     before generation
+    Cache         one new token per row against its prompt and its past      generation
+    SharedPrefix  one prompt, computed once, and the G rows that share it    log-probabilities, training
 
-A prompt's last token opens every row that continues it: the *prefix* is what stands before that token, and the row
-[last prompt token, c_0 … c_(C-2)] predicts exactly c_0 … c_(C-1). So generation and training feed the same rows.
+A *row* is one sequence of tokens. A prompt's last token opens every row that continues it. The tokens before
+it are the *prefix*. The row [last prompt token, c_0 … c_(C-2)] predicts exactly c_0 … c_(C-1), so generation
+and training feed the same rows.
 
-Letters: B prompts, P prefix tokens, G (in generation n) completions of a prompt, C tokens of a completion,
-S tokens of a padded row, N flat tokens, M media tokens, D width, H heads, K key/value heads, r = H / K,
-d width of a head, L layers, V vocabulary.
+Nothing here knows of processes: run/ shards the layers from outside.
+
+Letters: B prompts, P prefix tokens, G (in generation n) rows of a prompt, m of them still alive, R rows alive
+in all, C tokens of a completion, S tokens of a padded row, N flat tokens, M media tokens, D width, H heads,
+K key/value heads, r = H / K, d width of a head, L layers, V vocabulary.
 """
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,6 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -35,128 +36,182 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniVisionEncoder,
 )
 
-from data import POLICY_EXPECTED, BadInput, check_policy_folder, one_line, read_json, reading
+from data import (
+    POLICY_EXPECTED, BadInput, Inputs,
+    check_policy_folder, one_line, read_json, reading, sound_tokens,
+)
 
-VISION_PATCHES = 65536  # patches that the vision tower sees at once: bounds its activations (0.9 GB for an MLP of the 7B)
-PREFILL_TOKENS = 32768  # padded prompt tokens computed at once before generation: bounds its activations
-HEAD_TOKENS = 512  # tokens whose logits exist at once: 512 x 152064 x 4 B = 311 MB
-FINISH_CHECK = 8  # decode steps between two looks at which rows have ended
-SHORTEST_SPAN = 128  # own tokens that a recorded step looks at, doubled whenever they are full
+# Patches that the vision tower sees at once. Bounds its activations: 0.9 GB for an MLP of the 7B.
+VISION_PATCHES = 65536
+# Padded prompt tokens computed at once before generation. Bounds its activations.
+PREFILL_TOKENS = 32768
+# Tokens whose logits exist at once: 512 x 152064 x 4 B = 311 MB.
+HEAD_TOKENS = 512
+# Names in config.json of the tokens that only a prompt may hold: media placeholders and their brackets.
+PROMPT_ONLY = (
+    "image_token_index",
+    "video_token_index",
+    "audio_token_index",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "audio_start_token_id",
+    "audio_end_token_id",
+)
+# Decode steps between two looks at which rows have ended. Each look waits for the device.
+FINISH_CHECK = 8
+# Own tokens that a recorded decode step looks at. Doubled whenever they are full.
+SHORTEST_SPAN = 128
 
 
 @dataclass
 class Prompt:
-    """One prompt on the model's device. The towers are frozen, so their features are kept; token embeddings are
-    trained, so they are looked up anew in every forward."""
-    ids: Tensor  # (P + 1,) int64, the last one opens every completion
-    positions: Tensor  # (3, P + 1) int64: time, height, width
-    slots: Tensor  # (M,) int64: which tokens are media tokens
-    media: Tensor  # (M, D): what the towers saw and heard there
+    """One prompt on the model's device.
 
-    def row_positions(self, count: int) -> Tensor:
-        """Positions (3, count) of a row: the last prompt token, then text that counts on from the largest so far."""
-        text = self.positions.max() + 1 + torch.arange(count - 1, device=self.positions.device)
+    The towers are frozen, so their features are kept. Token embeddings are trained and looked up anew.
+    """
+    ids: Tensor        # (P + 1,) int64; the last one opens every row
+    positions: Tensor  # (3, P + 1) int64: time, height, width
+    slots: Tensor      # (M,) int64: which tokens are media tokens
+    media: Tensor      # (M, D): the towers' features for them
+
+    def row_positions(self, count):
+        """Positions (3, count) of a row: the last prompt token, then text that counts on from the largest."""
+        text = torch.arange(count - 1, device=self.positions.device)
+        text = self.positions.max() + 1 + text
         return torch.cat([self.positions[:, -1:], text.expand(3, -1)], dim=1)
 
 
-# ---- who attends to whom ---------------------------------------------------------------------------------------
-
-def rows(x: Tensor, count: int) -> Tensor:
+# ---- who attends to whom ---------------------------------------------------------------------------
+def split_rows(x, count):
     """Flat tokens (count S, H, d) as attention wants them: (count, H, S, d)."""
     return x.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def flat(x: Tensor) -> Tensor:
-    """The way back: (count, H, S, d) to (count S, H, d)."""
+def join_rows(x):
+    """The inverse of split_rows: (count, H, S, d) to (count S, H, d)."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass
 class Rows:
-    """B sequences of equal padded length. The padding stands at the end, where causality alone hides it."""
+    """B rows of equal padded length. Padding stands at the end, so the causal mask alone hides it."""
     count: int
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer, q, k, v):
         """q (B S, H, d), k and v (B S, K, d) -> (B S, H, d)."""
-        q, k, v = (rows(x, self.count) for x in (q, k, v))  # (B, H, S, d), (B, K, S, d)
-        return flat(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+        q = split_rows(q, self.count)  # (B, H, S, d)
+        k = split_rows(k, self.count)  # (B, K, S, d)
+        v = split_rows(v, self.count)
+        return join_rows(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
 
 
 @dataclass
 class SharedPrefix:
-    """P prefix tokens, then G rows of C tokens: each row sees the prefix and itself, the prefix only itself.
-    Gradients of all rows meet in the prefix through the expand."""
+    """P prefix tokens, then G rows of C tokens. A row sees the prefix and itself, the prefix only itself.
+
+    The backward pass adds up the gradients of all rows in the prefix, through the expand.
+    """
     prefix: int
     group: int
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer, q, k, v):
         """q (P + G C, H, d), k and v (P + G C, K, d) -> (P + G C, H, d)."""
-        P, G = self.prefix, self.group
+        P = self.prefix
         prefix = Rows(1).attend(layer, q[:P], k[:P], v[:P])  # (P, H, d)
-        q = rows(q[P:], G)  # (G, H, C, d)
-        k, v = (torch.cat([rows(x[:P], 1).expand(G, -1, -1, -1), rows(x[P:], G)], dim=2) for x in (k, v))
-        mask = causal_lower_right(q.shape[2], k.shape[2])  # keys (G, K, P + C, d)
+        q = split_rows(q[P:], self.group)                    # (G, H, C, d)
+        k = self.prefix_and_own(k)                           # (G, K, P + C, d)
+        v = self.prefix_and_own(v)
+        mask = causal_lower_right(q.shape[2], k.shape[2])
         own = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return torch.cat([prefix, flat(own)])
+        return torch.cat([prefix, join_rows(own)])
+
+    def prefix_and_own(self, x):
+        """Keys or values (P + G C, K, d) -> what each row sees, (G, K, P + C, d)."""
+        prefix = split_rows(x[:self.prefix], 1).expand(self.group, -1, -1, -1)
+        own = split_rows(x[self.prefix:], self.group)
+        return torch.cat([prefix, own], dim=2)
 
 
 class Cache:
-    """Keys and values for n rows of each of B prompts. A prompt's prefix is kept once, whatever n is. What changes at every token
-    is told by tensors (length, ahead), so that a step can be recorded."""
+    """Keys and values for n rows of each of B prompts. A prompt's prefix is kept once, whatever n is.
 
-    def __init__(self, lengths: list[int], n: int, room: int, config, like: Tensor):
-        """lengths: prefix tokens of each prompt; room: tokens a row may grow to; config: the language model's; like:
-        any tensor of the dtype and device wanted."""
-        self.n, self.span = n, 0
-        B, P, L, K = len(lengths), max(lengths), config.num_hidden_layers, config.num_key_value_heads
+    What changes at every token (length, ahead) is kept in tensors, so that a step can be recorded.
+    """
+
+    def __init__(self, lengths, n, room, config, like):
+        """lengths: prefix tokens of each prompt. room: most tokens of a row. config: the language model's.
+        like: any tensor of the dtype and device wanted."""
+        self.n = n
+        self.span = 0  # own tokens that a step looks at
+        B = len(lengths)
+        P = max(lengths)
+        L = config.num_hidden_layers
+        K = config.num_key_value_heads
         d = config.hidden_size // config.num_attention_heads
-        # Zeros, not empty: what lies beyond a prompt's end gets weight 0, and 0 times a stray NaN would be NaN.
+        # Zeros, not empty: what lies beyond a prompt's end gets weight 0, and 0 times a stray NaN is NaN.
         self.prefix = like.new_zeros(L, 2, B, K, P, d)
         self.own = like.new_zeros(L, 2, B, K, n, room, d)
-        self.length = torch.zeros(1, dtype=torch.int64, device=like.device)  # tokens of every row
-        self.ahead = torch.ones(room, dtype=torch.bool, device=like.device)  # places of a row that are still empty
+        # How many tokens each row has, and which places of a row are still empty.
+        self.length = like.new_zeros(1, dtype=torch.int64)
+        self.ahead = like.new_ones(room, dtype=torch.bool)
         beyond = torch.arange(P) >= torch.tensor(lengths)[:, None]  # (B, P)
-        self.beyond = beyond.to(like.device)[:, None, None]  # (B, 1, 1, P)
+        self.beyond = beyond.to(like.device)[:, None, None]         # (B, 1, 1, P)
 
-    def advance(self, length: int, recorded: bool) -> bool:
-        """Makes place for one more token after `length`. Returns whether more places are looked at than before: just those
-        that are full, or where steps are recorded, and each change costs a recording, the next power of two."""
+    def advance(self, length, recorded):
+        """Makes room for one more token after `length`.
+
+        The span covers exactly the places in use. Where steps are recorded, each new span costs a recording,
+        so there it grows to the next power of two.
+        """
         self.length.fill_(length)
         self.ahead[length] = False
-        before, needed = self.span, length + 1
-        if needed > before:
-            self.span = min(len(self.ahead), max(SHORTEST_SPAN, 1 << length.bit_length())) if recorded else needed
-        return self.span > before
+        if length < self.span:
+            return
+        if recorded:
+            power = 1 << length.bit_length()
+            self.span = min(len(self.ahead), max(SHORTEST_SPAN, power))
+        else:
+            self.span = length + 1
 
-    def keep(self, rows: Tensor) -> None:
-        """Forgets all but the rows (B, m) of each prompt."""
-        self.n = rows.shape[1]
-        self.own = self.own.take_along_dim(rows[None, None, :, None, :, None, None], dim=4)
+    def keep(self, staying):
+        """Forgets all rows of each prompt but `staying` (B, m)."""
+        self.n = staying.shape[1]
+        # The axes of `own`: L, 2, B, K, n, room, d.
+        self.own = self.own.take_along_dim(staying[None, None, :, None, :, None, None], dim=4)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer, q, k, v):
         """One new token per row: q (B n, H, d), k and v (B n, K, d) -> (B n, H, d)."""
-        (prefix_k, prefix_v), own = self.prefix[layer], self.own[layer]  # (B, K, P, d), (2, B, K, n, room, d)
+        prefix_k, prefix_v = self.prefix[layer]  # (B, K, P, d)
+        own = self.own[layer]                    # (2, B, K, n, room, d)
         B, K, P, d = prefix_k.shape
         q = q.view(B, self.n, K, -1, d).transpose(1, 2)  # (B, K, n, r, d)
-        new = torch.stack([k, v]).view(2, B, self.n, K, 1, d).transpose(2, 3)  # (2, B, K, n, 1, d)
-        own.index_copy_(4, self.length, new)  # the cache grows
-        own_k, own_v = own[:, :, :, :, :self.span]  # (B, K, n, c, d)
+        new = torch.stack([k, v]).view(2, B, self.n, K, 1, d)
+        own.index_copy_(4, self.length, new.transpose(2, 3))  # the cache grows
+        own_k, own_v = own[..., :self.span, :]                # (B, K, n, span, d)
 
-        # The queries of all n rows are folded into one matrix, so that the prefix is read once and not n times.
+        # The queries of all n rows are folded into one matrix: the prefix is read once, not n times.
         to_prefix = similarity(q.flatten(2, 3), prefix_k)  # (B, K, n r, P)
-        to_prefix = to_prefix.masked_fill_(self.beyond, -torch.inf).unflatten(2, (self.n, -1))  # (B, K, n, r, P)
-        to_own = similarity(q, own_k).masked_fill_(self.ahead[:self.span], -torch.inf)  # (B, K, n, r, c)
-        weights = torch.cat([to_prefix, to_own], dim=-1).softmax(-1).to(q.dtype)
+        to_prefix = to_prefix.masked_fill_(self.beyond, -torch.inf)
+        to_prefix = to_prefix.unflatten(2, (self.n, -1))   # (B, K, n, r, P)
+        to_own = similarity(q, own_k)                      # (B, K, n, r, span)
+        to_own = to_own.masked_fill_(self.ahead[:self.span], -torch.inf)
+        weights = torch.cat([to_prefix, to_own], dim=-1)
+        weights = weights.softmax(-1).to(q.dtype)
         on_prefix, on_own = weights.split([P, self.span], dim=-1)
-        out = (on_prefix.flatten(2, 3) @ prefix_v).view(q.shape) + on_own @ own_v  # (B, K, n, r, d)
+        from_prefix = on_prefix.flatten(2, 3) @ prefix_v     # (B, K, n r, d)
+        out = from_prefix.view(q.shape) + on_own @ own_v     # (B, K, n, r, d)
         return out.transpose(1, 2).reshape(B * self.n, -1, d)
 
 
-def similarity(q: Tensor, k: Tensor) -> Tensor:
-    """Scaled products (…, a, b), fp32, of q (…, a, d) and k (…, b, d). Rounded to bf16, as those of a plain matmul, they would
-    be off by up to 1/256 of themselves, and what is sampled would not be what is trained."""
+def similarity(q, k):
+    """Scaled products (…, a, b), fp32, of q (…, a, d) and k (…, b, d).
+
+    A plain matmul would round them to bf16, by up to 1/256 of themselves. Then the policy that samples would
+    not be the policy that is trained.
+    """
     if q.is_cuda:
-        product = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32).view(*q.shape[:-1], -1)
+        product = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32)
+        product = product.view(*q.shape[:-1], -1)
     else:
         product = q.float() @ k.float().mT
     return product * q.shape[-1] ** -0.5
@@ -164,34 +219,38 @@ def similarity(q: Tensor, k: Tensor) -> Tensor:
 
 @dataclass
 class Prefill(Rows):
-    """Rows that leave their keys and values in a cache, for the prompts named by index."""
+    """Rows that leave their keys and values in a cache, for the prompts at `index`."""
     cache: Cache
     index: list[int]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer, q, k, v):
+        """As Rows.attend."""
         for part, x in enumerate((k, v)):
-            x = rows(x, self.count)  # (B, K, S, d)
+            x = split_rows(x, self.count)  # (B, K, S, d)
             self.cache.prefix[layer, part, self.index, :, :x.shape[2]] = x
         return super().attend(layer, q, k, v)
 
 
-# ---- the language model ----------------------------------------------------------------------------------------
-
+# ---- the language model ----------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; the layout does the attending."""
+    """Grouped-query attention with rotary positions. The layout decides who attends to whom."""
 
     def __init__(self, config):
         super().__init__()
-        D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.head_width = D // H
+        D = config.hidden_size
+        self.head_width = D // config.num_attention_heads
+        key_width = config.num_key_value_heads * self.head_width
         self.q_proj = nn.Linear(D, D)
-        self.k_proj = nn.Linear(D, K * self.head_width)
-        self.v_proj = nn.Linear(D, K * self.head_width)
+        self.k_proj = nn.Linear(D, key_width)
+        self.v_proj = nn.Linear(D, key_width)
         self.o_proj = nn.Linear(D, D, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout, layer: int) -> Tensor:
-        q, k, v = (f(x).unflatten(1, (-1, self.head_width)) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(torch.cat([q, k], dim=1), rope).split([q.shape[1], k.shape[1]], dim=1)
+    def forward(self, x, rope, layout, layer):
+        q = self.q_proj(x).unflatten(1, (-1, self.head_width))  # (N, H, d)
+        k = self.k_proj(x).unflatten(1, (-1, self.head_width))  # (N, K, d)
+        v = self.v_proj(x).unflatten(1, (-1, self.head_width))
+        turned = rotate(torch.cat([q, k], dim=1), rope)
+        q, k = turned.split([q.shape[1], k.shape[1]], dim=1)
         out = layout.attend(layer, q, k, v)  # (N, H, d)
         return self.o_proj(out.flatten(1))
 
@@ -201,24 +260,26 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, inner = config.hidden_size, config.intermediate_size
+        D = config.hidden_size
+        inner = config.intermediate_size
         self.gate_proj = nn.Linear(D, inner, bias=False)
         self.up_proj = nn.Linear(D, inner, bias=False)
         self.down_proj = nn.Linear(inner, D, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)  # computes in fp32 inside
+        # RMSNorm computes in fp32 inside.
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout, layer: int) -> Tensor:
+    def forward(self, x, rope, layout, layer):
         x = x + self.self_attn(self.input_layernorm(x), rope, layout, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -231,55 +292,74 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, positions: Tensor, layout, recompute: bool = False) -> Tensor:
-        """Embeddings x (N, D), positions (3, N) -> hidden states (N, D). recompute: keep only each layer's input for
-        the backward pass."""
+    def forward(self, x, positions, layout, recompute=False):
+        """Embeddings x (N, D), positions (3, N) -> hidden states (N, D).
+
+        recompute: keep only each layer's input for the backward pass.
+        """
         rope = rotations(positions, self.config, x.dtype)
         for i, layer in enumerate(self.layers):
-            if isinstance(layout, Cache):  # the prefill has gathered the weights: FSDP's hooks would cost more than the layer
+            if isinstance(layout, Cache):
+                # Not layer(...): the weights are gathered by now, and FSDP's hooks cost more than a layer.
                 x = layer.forward(x, rope, layout, i)
-            elif recompute:
+            elif recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, layout, i, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, rope, layout, i)
         return self.norm(x)
 
 
-def rotations(positions: Tensor, config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """TMRoPE: cosines and sines (N, 1, d/2) of positions (3, N). Each of the d/2 frequencies turns with one axis: the
-    first section with time, the second with height, the third with width."""
+def rotations(positions, config, dtype):
+    """TMRoPE: cosines and sines (N, 1, d/2) of positions (3, N).
+
+    Each of the d/2 frequencies belongs to one axis: the first section to time, the second to height, the
+    third to width.
+    """
     d = config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, d, 2, device=positions.device) / d)  # (d/2,)
-    sections = zip(positions, frequencies.split(rope["mrope_section"]))
-    angles = torch.cat([axis[:, None] * part for axis, part in sections], dim=-1)  # (N, d/2)
+    exponents = torch.arange(0, d, 2, device=positions.device) / d
+    frequencies = rope["rope_theta"] ** -exponents  # (d/2,)
+    sections = frequencies.split(rope["mrope_section"])
+    angles = [axis[:, None] * section for axis, section in zip(positions, sections)]
+    angles = torch.cat(angles, dim=-1)  # (N, d/2)
     return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x, rope):
     """Turns the pairs (x_i, x_(i + d/2)) of x (N, H, d)."""
-    (a, b), (cos, sin) = x.chunk(2, dim=-1), rope
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = rope
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-# ---- low-rank adapters, and weights that are not always whole ---------------------------------------------------
-
+# ---- low-rank adapters -----------------------------------------------------------------------------
 class Adapted(nn.Linear):
-    """A frozen linear map with a trained one of low rank beside it (LoRA, arXiv 2106.09685): y = W x + b + 2 U D x. U begins as
-    zeros, so the whole begins as W; the factor 2 is the usual alpha of twice the rank. U and D are float32."""
+    """A frozen linear map with a trained one of low rank beside it (LoRA, arXiv 2106.09685).
 
-    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        y = W x + b + 2 U D x
+
+    U starts as zeros, so the sum starts as W. The factor 2 comes from the usual alpha, twice the rank. U and
+    D are float32.
+    """
+
+    def __init__(self, linear, rank, generator):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias, self.on = linear.weight, linear.bias, True
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.on = True
         down = torch.randn(rank, self.in_features, generator=generator) * self.in_features ** -0.5
-        self.down = nn.Parameter(down.to(self.weight.device))  # (rank, in)
-        self.up = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))  # (out, rank)
+        self.down = nn.Parameter(down.to(self.weight.device))
+        self.up = nn.Parameter(self.weight.new_zeros(self.out_features, rank, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = super().forward(x)
-        return y + 2 * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype)) if self.on else y
+        if not self.on:
+            return y
+        low = F.linear(x, self.down.to(x.dtype))  # (N, rank)
+        return y + 2 * F.linear(low, self.up.to(x.dtype))
 
     def merged(self) -> Tensor:
+        """The weight of one plain linear map with the same output."""
         return (self.weight + 2 * self.up @ self.down).to(self.weight.dtype)
 
 
@@ -306,92 +386,148 @@ def adapters_off(thinker: "Thinker"):
             adapter.on = True
 
 
-@contextmanager
-def gathered(thinker: "Thinker"):
-    """Inside, weights that are sharded (FSDP) are whole on every process; all have to enter together."""
-    parts = [module for module in thinker.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.unshard()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.reshard()
+# ---- from hidden states to tokens ------------------------------------------------------------------
+def head_logits(hidden, head_weight, suppressed):
+    """hidden (N, D) -> logits (N, V) in fp32. Suppressed ids get -inf and so drop out of every softmax."""
+    logits = F.linear(hidden, head_weight).float()
+    return logits.index_fill(-1, suppressed, -torch.inf)
 
 
-# ---- from hidden states to tokens ------------------------------------------------------------------------------
+def token_logprobs(hidden, head_weight, targets, suppressed, temperature=1.0, chunk=HEAD_TOKENS):
+    """Log-probabilities of N tokens, and entropies of their distributions (no gradient), in nats.
 
-def head_logits(hidden: Tensor, head_weight: Tensor, suppressed: Tensor) -> Tensor:
-    """hidden (N, D) -> logits (N, V) in fp32; suppressed ids get -inf and so drop out of every softmax."""
-    return F.linear(hidden, head_weight).float().index_fill(-1, suppressed, -torch.inf)
-
-
-def token_logprobs(hidden: Tensor, head_weight: Tensor, targets: Tensor, suppressed: Tensor,
-                   temperature: float = 1.0, chunk: int = HEAD_TOKENS) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy (nats, without gradient) of N tokens: hidden (N, D), targets (N,) -> (N,), (N,).
-
-    Logits exist for one chunk at a time, in the backward pass too, where they are computed again.
+    hidden (N, D), targets (N,) -> (N,), (N,). Logits exist for one chunk at a time, and the backward pass
+    computes them again.
     """
-    def part(hidden, targets):
-        logp = (head_logits(hidden, head_weight, suppressed) / temperature).log_softmax(-1)  # (chunk, V)
+    def chunk_logprobs(hidden, targets):
+        logits = head_logits(hidden, head_weight, suppressed) / temperature
+        logp = logits.log_softmax(-1)  # (chunk, V)
         entropy = torch.special.entr(logp.detach().exp()).sum(-1)
         return logp.gather(-1, targets[:, None])[:, 0], entropy
 
-    parts = [checkpoint(part, h, t, use_reentrant=False, preserve_rng_state=False)
-             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
-    return torch.cat([logp for logp, _ in parts]), torch.cat([entropy for _, entropy in parts])
+    parts = []
+    for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+        parts.append(checkpoint(chunk_logprobs, h, t, use_reentrant=False, preserve_rng_state=False))
+    logps, entropies = zip(*parts)
+    return torch.cat(logps), torch.cat(entropies)
 
 
-def truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Keeps the top_k likeliest tokens (0: all), of these the fewest that hold a share of at least top_p."""
+def truncate(probs, top_k, top_p):
+    """Keeps the top_k likeliest tokens (0: all), and of these the fewest with a share of at least top_p."""
     if top_k == 0 and top_p == 1.0:
         return probs
     ranked, order = probs.sort(dim=-1, descending=True)
     if top_k:
         ranked[:, top_k:] = 0
-    likelier = ranked.cumsum(-1) - ranked  # mass in front of each token
+    # For each token, the mass of all likelier ones.
+    likelier = ranked.cumsum(-1) - ranked
     ranked[likelier >= top_p * ranked.sum(-1, keepdim=True)] = 0
     return torch.zeros_like(probs).scatter(-1, order, ranked)
 
 
-def sample(logits: Tensor, generators: list[torch.Generator], n: int, rows: Tensor, temperature: float, top_k: int,
-           top_p: float) -> Tensor:
-    """One token for each row of logits (R, V) -> (R,). Each of B prompts' generators draws for all its n rows, of which
-    `rows` (R,) are left: what they draw does not depend on who has left."""
+def draw_tokens(logits, generators, n, alive, temperature, top_k, top_p):
+    """One token for each alive row: logits (R, V) -> (R,).
+
+    alive: (R,) numbers of these rows among all B n. Each prompt's generator draws for all n rows of its
+    prompt, so a row's token does not depend on which others are alive.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     probs = truncate((logits / temperature).softmax(-1), top_k, top_p)
-    # A race: token i arrives after Exp(1) / p_i, and is the first with probability p_i. Unlike a multinomial draw it
-    # needs no look at the numbers from the CPU.
+    # A race: token i arrives at the time Exp(1) / p_i, and is the first with probability p_i. Unlike a
+    # multinomial draw, this does not make the CPU wait for the device.
     races = [probs.new_empty(n, probs.shape[1]).exponential_(generator=g) for g in generators]
-    return (probs / torch.cat(races)[rows]).argmax(-1)
+    return (probs / torch.cat(races)[alive]).argmax(-1)
 
 
+def first_end(completion, eos_ids):
+    """Length of a completion up to and including its first end token."""
+    for i, token in enumerate(completion):
+        if token in eos_ids:
+            return i + 1
+    return len(completion)
+
+
+def rows_to_keep(ended):
+    """Which of the alive rows stay alive, (B, left), given which have `ended`, (B, m). None: all stay.
+
+    Every prompt keeps equally many, and ended rows are dropped only where that halves the rows.
+    """
+    # The most rows that a prompt has left. While tokens are drawn, the CPU waits for the device only here.
+    left = int((~ended).sum(1).max())
+    if left > ended.shape[1] // 2:
+        return None
+    return ended.int().argsort(dim=1, stable=True)[:, :left]
+
+
+# ---- a decode step ---------------------------------------------------------------------------------
 class Recorded:
-    """A function of tensors whose kernels are recorded (a CUDA graph) and then launched all at once: one by one, the launches
-    for a token of the 7B take longer than the work. What is no tensor stays as it was at the recording."""
+    """A function of tensors whose kernels are recorded (a CUDA graph) and then launched all at once.
 
-    def __init__(self, function, *arguments: Tensor):
-        self.arguments, self.graph = [x.clone() for x in arguments], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads, NCCL's, may go on
+    One by one, the kernels for a token of the 7B take longer to launch than to run. Values that are not
+    tensors stay as they were at the recording.
+    """
+
+    def __init__(self, function, *arguments):
+        self.arguments = [x.clone() for x in arguments]
+        self.graph = torch.cuda.CUDAGraph()
+        # Thread-local: other threads (NCCL's) may go on meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.result = function(*self.arguments)
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
+    def __call__(self, *arguments):
         for place, x in zip(self.arguments, arguments):
             place.copy_(x)
         self.graph.replay()
         return self.result
 
 
-RECORDERS = {"cuda": Recorded}  # by kind of device; on others a step is simply computed
+# By type of device. On others a step is simply computed.
+RECORDERS = {"cuda": Recorded}
 
 
-# ---- the whole -------------------------------------------------------------------------------------------------
+class Decoder:
+    """Generates: a step takes the newest token of every alive row and returns the logits of the next one.
 
+    Where the device has a recorder, a step is replayed. A recording is for one size of the cache: the rows
+    of a prompt, and the span of own tokens.
+    """
+
+    def __init__(self, thinker, prompts, n, room):
+        self.thinker = thinker
+        self.cache = thinker.prefill(prompts, n, room)
+        self.positions = torch.stack([p.row_positions(room) for p in prompts], dim=1)  # (3, B, C)
+        self.suppressed = thinker.suppressed
+        self.recorder = RECORDERS.get(thinker.device.type)
+        self.recording = None
+        self.recorded_size = None
+
+    def step(self, c, tokens):
+        """Token c of every alive row, (B, m) -> logits (R, V) of the token after it."""
+        cache = self.cache
+        cache.advance(c, recorded=self.recorder is not None)
+        size = (cache.n, cache.span)
+        positions = self.positions[:, :, c].repeat_interleave(cache.n, dim=1)  # (3, R)
+        tokens = tokens.flatten()
+        # The first step is not recorded, because libraries initialise themselves in it.
+        if self.recorder and c > 0 and size != self.recorded_size:
+            self.recording = self.recorder(self.compute, tokens, positions)
+            self.recorded_size = size
+        run = self.recording or self.compute
+        return run(tokens, positions)
+
+    def compute(self, tokens, positions):
+        thinker = self.thinker
+        x = thinker.model.embed_tokens(tokens)  # (R, D)
+        hidden = thinker.model(x, positions, self.cache)
+        return head_logits(hidden, thinker.lm_head.weight, self.suppressed)
+
+
+# ---- the whole -------------------------------------------------------------------------------------
 class Thinker(nn.Module):
     """Two frozen towers, the language model and its head, under the names of the released checkpoints.
 
-    gradient_checkpointing: compute each layer again in the backward pass instead of keeping its activations.
+    gradient_checkpointing: the backward pass computes each layer again instead of keeping its activations.
     """
 
     def __init__(self, config: Qwen2_5OmniThinkerConfig):
@@ -400,13 +536,15 @@ class Thinker(nn.Module):
         self.gradient_checkpointing = False
         self.audio_tower = Qwen2_5OmniAudioEncoder(config.audio_config).requires_grad_(False)
         self.visual = Qwen2_5OmniVisionEncoder(config.vision_config).requires_grad_(False)
-        self.model = LanguageModel(config.text_config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = config.text_config
+        self.model = LanguageModel(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.train()
 
-    def train(self, mode: bool = True):
+    def train(self, mode=True):
+        """As in any module, but the towers stay in evaluation mode."""
         super().train(mode)
         self.audio_tower.eval()
         self.visual.eval()
@@ -414,7 +552,8 @@ class Thinker(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.visual.parameters()).device  # the language model may rest elsewhere
+        """The towers' device. The language model may be elsewhere."""
+        return next(self.visual.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -422,164 +561,193 @@ class Thinker(nn.Module):
 
     @property
     def suppressed(self) -> Tensor:
-        """Ids that only a prompt may hold: media placeholders and their brackets. Were they sampled, the next forward
-        would look for media that is not there."""
-        names = ("image_token_index", "video_token_index", "audio_token_index", "vision_start_token_id",
-                 "vision_end_token_id", "audio_start_token_id", "audio_end_token_id")
-        ids = {getattr(self.config, name, None) for name in names} - {None}
-        return torch.tensor([i for i in ids if i < self.config.text_config.vocab_size], device=self.device)
+        """Ids of PROMPT_ONLY. If one were sampled, the next forward would look for its medium without finding it."""
+        ids = []
+        for name in PROMPT_ONLY:
+            token = getattr(self.config, name, None)  # not every configuration has all
+            if token is not None and token < self.config.text_config.vocab_size:
+                ids.append(token)
+        return torch.tensor(ids, device=self.device)
 
-    def embed(self, inputs: list) -> list[Prompt]:
-        """Runs each tower once over everything in a list of data.Inputs; without gradient, as the towers are frozen.
+    # -- prompts -----------------------------------------------------------------------------------
+    def embed(self, inputs: list[Inputs]) -> list[Prompt]:
+        """Runs each tower once over all prompts, without gradient where the towers are frozen.
 
-        Raises ValueError where placeholders and media disagree in number or a prompt does not end with a text token.
+        Raises ValueError where placeholders and media disagree in number or a prompt does not end with a text
+        token.
         """
-        seen, heard = self.see(inputs), self.hear(inputs)
+        config = self.config
+        seen = self.see(inputs)
+        heard = self.hear(inputs)
         prompts = []
-        for i, (item, seen, heard) in enumerate(zip(inputs, seen, heard)):
+        for i, item in enumerate(inputs):
             ids = item.ids.to(self.device)
-            is_sound = ids == self.config.audio_token_index
-            is_image = (ids == self.config.image_token_index) | (ids == self.config.video_token_index)
-            slots = (is_image | is_sound).nonzero()[:, 0]  # (M,)
-            for name, mask, found in (("image or video", is_image, seen), ("sound", is_sound, heard)):
-                if mask.sum() != len(found):
-                    raise ValueError(f"prompt {i}: {mask.sum()} {name} placeholders, but {len(found)} {name} features")
-            if (is_image | is_sound)[-1]:
+            is_sound = ids == config.audio_token_index
+            is_image = (ids == config.image_token_index) | (ids == config.video_token_index)
+            is_media = is_image | is_sound
+            check_count(i, "image or video", is_image, seen[i])
+            check_count(i, "sound", is_sound, heard[i])
+            if is_media[-1]:
                 raise ValueError(f"prompt {i} ends with a media placeholder; it must end with a text token")
-            media = seen.new_empty(len(slots), self.config.text_config.hidden_size)
-            media[is_image[slots]], media[is_sound[slots]] = seen, heard
+            slots = is_media.nonzero()[:, 0]  # (M,)
+            media = seen[i].new_empty(len(slots), config.text_config.hidden_size)
+            media[is_image[slots]] = seen[i]
+            media[is_sound[slots]] = heard[i]
             prompts.append(Prompt(ids, item.positions.to(self.device), slots, media))
         return prompts
 
-    def see(self, inputs: list) -> list[Tensor]:
-        """Vision features of each prompt, [(tokens, D)]; patches merge by squares, frames by pairs. Prompts that share their
-        patches share the features."""
-        merged = self.config.vision_config.spatial_merge_size ** 2
-        features = {id(None): torch.empty(0, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)}
-        given = list({id(x.patches): x for x in inputs if x.patches is not None}.values())
-        for part in in_batches(given, [len(x.patches) for x in given], VISION_PATCHES):
-            patches = torch.cat([x.patches for x in part]).to(self.device, self.dtype)
-            grid = torch.cat([x.grid for x in part]).to(self.device)
-            seen = self.visual(patches, grid_thw=grid).pooler_output.split([len(x.patches) // merged for x in part])
-            features |= {id(x.patches): feature for x, feature in zip(part, seen)}
-        return [features[id(x.patches)] for x in inputs]
+    def see(self, inputs: list[Inputs]) -> list[Tensor]:
+        """Vision features of each prompt, [(tokens, D)]. Patches merge by squares, frames by pairs.
 
-    def hear(self, inputs: list) -> list[Tensor]:
-        """Sound features of each prompt, [(tokens, D)]; a convolution and a pooling halve the mel frames each."""
-        given = [x.mel for x in inputs if x.mel is not None]
-        halved = [0 if x.mel is None else (x.mel.shape[1] + 1) // 2 for x in inputs]
-        features = torch.empty(0, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)
-        if given:
-            frames = torch.tensor([mel.shape[1] for mel in given], device=self.device)
-            mel = torch.cat(given, dim=1).to(self.device, self.dtype)  # (bins, frames of all)
-            features = self.audio_tower(mel, feature_lens=frames, aftercnn_lens=(frames + 1) // 2).last_hidden_state
-        return features.split([count // 2 for count in halved])
+        Prompts that share their patches share the features.
+        """
+        patches_per_token = self.config.vision_config.spatial_merge_size ** 2
+        distinct = {id(item.patches): item for item in inputs if item.patches is not None}
+        items = list(distinct.values())
+        features = {id(None): self.no_features()}  # of a prompt without patches
+        sizes = [len(item.patches) for item in items]
+        for batch in in_batches(items, sizes, VISION_PATCHES):
+            patches = torch.cat([item.patches for item in batch]).to(self.device, self.dtype)
+            grid = torch.cat([item.grid for item in batch]).to(self.device)
+            tokens = self.visual(patches, grid_thw=grid).pooler_output
+            counts = [len(item.patches) // patches_per_token for item in batch]
+            for item, own in zip(batch, tokens.split(counts)):
+                features[id(item.patches)] = own
+        return [features[id(item.patches)] for item in inputs]
 
-    def look_up(self, prompt: Prompt) -> Tensor:
-        """Embeddings (P + 1, D) of a prompt: trained where there is text, tower features elsewhere."""
+    def hear(self, inputs: list[Inputs]) -> list[Tensor]:
+        """Sound features of each prompt, [(tokens, D)]: one token for four mel frames."""
+        mels = [item.mel for item in inputs if item.mel is not None]
+        if not mels:
+            return [self.no_features()] * len(inputs)
+        frames = torch.tensor([mel.shape[1] for mel in mels], device=self.device)
+        mel = torch.cat(mels, dim=1).to(self.device, self.dtype)  # (bins, frames of all)
+        halved = (frames + 1) // 2
+        tokens = self.audio_tower(mel, feature_lens=frames, aftercnn_lens=halved).last_hidden_state
+        counts = [sound_tokens(item.mel) for item in inputs]
+        return tokens.split(counts)
+
+    def no_features(self):
+        return torch.empty(0, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)
+
+    def look_up(self, prompt):
+        """Embeddings (P + 1, D) of a prompt: trained ones of text, the towers' features of media."""
         x = self.model.embed_tokens(prompt.ids)
         return x.index_copy(0, prompt.slots, prompt.media.to(x.dtype))
 
-    def run_rows(self, x: list[Tensor], positions: list[Tensor], layout: Rows) -> Tensor:
-        """Right-pads B sequences, x [(S_b, D)] and positions [(3, S_b)], and runs them -> hidden states (B, S, D)."""
+    def run_rows(self, x, positions, layout):
+        """Pads and runs B rows: x [(S_b, D)], positions [(3, S_b)] -> hidden states (B, S, D)."""
         x = pad_sequence(x, batch_first=True)  # (B, S, D)
         positions = pad_sequence([p.T for p in positions], batch_first=True)  # (B, S, 3)
-        hidden = self.model(x.flatten(0, 1), positions.flatten(0, 1).T, layout, self.recompute)
+        positions = positions.flatten(0, 1).T  # (3, B S)
+        hidden = self.model(x.flatten(0, 1), positions, layout, self.gradient_checkpointing)
         return hidden.unflatten(0, (len(x), -1))
 
-    @property
-    def recompute(self) -> bool:
-        return self.gradient_checkpointing and torch.is_grad_enabled()
-
-    # -- three uses ----------------------------------------------------------------------------------------------
-
+    # -- log-probabilities -------------------------------------------------------------------------
     def logits(self, prompt: Prompt) -> Tensor:
         """Logits (P + 1, V) at every position of one prompt, nothing suppressed: for tests and inspection."""
-        return F.linear(self.run_rows([self.look_up(prompt)], [prompt.positions], Rows(1))[0], self.lm_head.weight)
+        hidden = self.run_rows([self.look_up(prompt)], [prompt.positions], Rows(1))
+        return F.linear(hidden[0], self.lm_head.weight)
 
-    def forward(self, prompts: list[Prompt], completions: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy (B, C), nats, of one completion for each of B prompts: supervised training.
+    def forward(self, prompts: list[Prompt], completions: Tensor,
+                temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy (B, C), nats, of one completion for each of B prompts.
 
-        completions: (B, C) int64, right-padded with any ordinary id; what stands there is computed and is yours to
-        mask.
+        For supervised training. completions: (B, C) int64, right-padded with any ordinary id. The padding is
+        computed too; the caller masks it.
         """
         B, C = completions.shape
         completions = completions.to(self.device)
         text = self.model.embed_tokens(completions[:, :-1])  # (B, C - 1, D)
-        x = [torch.cat([self.look_up(p), t]) for p, t in zip(prompts, text)]
-        positions = [torch.cat([p.positions[:, :-1], p.row_positions(C)], dim=1) for p in prompts]
-        hidden = self.run_rows(x, positions, Rows(B))  # (B, S, D)
-        hidden = torch.stack([h[len(p.ids) - 1:][:C] for h, p in zip(hidden, prompts)])  # (B, C, D)
-        return self.score(hidden, completions, temperature)
+        x = []
+        positions = []
+        for prompt, own in zip(prompts, text):
+            x.append(torch.cat([self.look_up(prompt), own]))
+            positions.append(torch.cat([prompt.positions[:, :-1], prompt.row_positions(C)], dim=1))
+        rows = self.run_rows(x, positions, Rows(B))  # (B, S, D)
+        hidden = [row[len(p.ids) - 1:][:C] for row, p in zip(rows, prompts)]
+        return self.score(torch.stack(hidden), completions, temperature)  # of (B, C, D)
 
-    def logprobs(self, prompt: Prompt, completions: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy (G, C), nats, of G completions of one prompt, whose prefix is computed once.
+    def logprobs(self, prompt: Prompt, completions: Tensor,
+                 temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy (G, C), nats, of G completions of one prompt.
 
-        completions: (G, C) int64, right-padded as in forward.
+        The prefix is computed once. completions: (G, C) int64, right-padded as in forward.
         """
-        (G, C), P = completions.shape, len(prompt.ids) - 1
+        G, C = completions.shape
+        P = len(prompt.ids) - 1
         completions = completions.to(self.device)
         prefix = self.look_up(prompt)[:-1]  # (P, D)
-        own = self.model.embed_tokens(torch.cat([prompt.ids[-1:].expand(G, 1), completions[:, :-1]], dim=1))
+        opening = prompt.ids[-1:].expand(G, 1)
+        ids = torch.cat([opening, completions[:, :-1]], dim=1)
+        own = self.model.embed_tokens(ids)  # (G, C, D)
         x = torch.cat([prefix, own.flatten(0, 1)])  # (P + G C, D)
-        positions = torch.cat([prompt.positions[:, :-1], prompt.row_positions(C).repeat(1, G)], dim=1)
-        hidden = self.model(x, positions, SharedPrefix(P, G), self.recompute)
-        return self.score(hidden[P:].unflatten(0, (G, C)), completions, temperature)
+        own_positions = prompt.row_positions(C).repeat(1, G)
+        positions = torch.cat([prompt.positions[:, :-1], own_positions], dim=1)
+        hidden = self.model(x, positions, SharedPrefix(P, G), self.gradient_checkpointing)
+        hidden = hidden[P:].unflatten(0, (G, C))  # (G, C, D)
+        return self.score(hidden, completions, temperature)
 
-    def score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def score(self, hidden, targets, temperature):
         """token_logprobs for hidden (B, C, D) and targets (B, C)."""
-        logp, entropy = token_logprobs(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.suppressed,
-                                       temperature)
+        hidden = hidden.flatten(0, 1)
+        head = self.lm_head.weight
+        logp, entropy = token_logprobs(hidden, head, targets.flatten(), self.suppressed, temperature)
         return logp.view(targets.shape), entropy.view(targets.shape)
 
+    # -- generation --------------------------------------------------------------------------------
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], n: int, max_new_tokens: int, *, eos_ids: set[int],
-                 temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
-                 seeds: list[int] | None = None) -> list[list[Tensor]]:
-        """Samples n completions of each of B prompts: B lists of n int64 tensors on the CPU, each up to and including
-        its first token of eos_ids, where it has one.
+    def generate(
+        self, prompts: list[Prompt], n: int, max_new_tokens: int, *,
+        eos_ids: set[int],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seeds: list[int] | None = None,
+    ) -> list[list[Tensor]]:
+        """Samples n completions of each of B prompts.
 
-        temperature 0 takes the likeliest token. seeds: one per prompt; a prompt's samples depend on nothing else in
-        the batch. None draws them from torch's global generator.
+        Returns B lists of n int64 tensors on the CPU, each up to and including its first token of eos_ids.
+        temperature 0 takes the likeliest token. seeds: one per prompt; a prompt's samples depend on nothing
+        else in the batch. None draws them from torch's global generator.
         """
-        seeds = torch.randint(2 ** 62, (len(prompts),)).tolist() if seeds is None else seeds
+        if seeds is None:
+            seeds = torch.randint(2 ** 62, (len(prompts),)).tolist()
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        suppressed, eos = self.suppressed, torch.tensor(sorted(eos_ids), device=self.device)
-        cache, recorder = self.prefill(prompts, n, max_new_tokens), RECORDERS.get(self.device.type)
+        eos = torch.tensor(sorted(eos_ids), device=self.device)
+        decoder = Decoder(self, prompts, n, max_new_tokens)
 
-        def step(tokens: Tensor, positions: Tensor) -> Tensor:
-            """The next token of R rows, (R,), and its positions (3, R) -> logits (R, V) of the one after it."""
-            hidden = self.model(self.model.embed_tokens(tokens), positions, cache)  # (R, D)
-            return head_logits(hidden, self.lm_head.weight, suppressed)
-
-        positions = torch.stack([p.row_positions(max_new_tokens) for p in prompts], dim=1)  # (3, B, C)
-        rows = torch.arange(len(prompts) * n, device=self.device).view(-1, n)  # (B, m): those not yet left, R = B m
-        tokens = torch.stack([p.ids[-1] for p in prompts])[:, None].expand_as(rows)  # (B, m)
-        ended = torch.zeros_like(rows, dtype=torch.bool)
-        drawn = rows.new_zeros(rows.numel(), max_new_tokens)  # (B n, C)
-        run, stale = step, True
+        # Of the alive rows, (B, m) each: their numbers, newest tokens, and whether they have ended.
+        alive = torch.arange(len(prompts) * n, device=self.device).view(-1, n)
+        tokens = torch.stack([p.ids[-1] for p in prompts])[:, None].expand_as(alive)
+        ended = torch.zeros_like(alive, dtype=torch.bool)
+        drawn = alive.new_zeros(alive.numel(), max_new_tokens)  # (B n, C)
         for c in range(max_new_tokens):
-            stale |= cache.advance(c, recorder is not None)
-            now = tokens.flatten(), positions[:, :, c].repeat_interleave(cache.n, dim=1)
-            if recorder and stale and c:  # the first step goes unrecorded: libraries set themselves up in it
-                run, stale = recorder(step, *now), False
-            tokens = sample(run(*now), generators, n, rows.flatten(), temperature, top_k, top_p).view_as(rows)
-            drawn[:, c].index_copy_(0, rows.flatten(), tokens.flatten())
+            numbers = alive.flatten()  # (R,)
+            tokens = draw_tokens(
+                decoder.step(c, tokens),  # logits (R, V)
+                generators, n, numbers, temperature, top_k, top_p,
+            )
+            drawn[:, c].index_copy_(0, numbers, tokens)
+            tokens = tokens.view_as(alive)
             ended |= torch.isin(tokens, eos)
             if (c + 1) % FINISH_CHECK:
                 continue
-            left = int((~ended).sum(1).max())  # the only wait for the device in this loop
-            if left == 0:
+            staying = rows_to_keep(ended)
+            if staying is None:
+                continue
+            if staying.numel() == 0:
                 break
-            if left <= cache.n // 2:  # ended rows leave, as far as all prompts can keep equally many
-                staying = ended.int().argsort(dim=1, stable=True)[:, :left]  # (B, left)
-                cache.keep(staying)
-                rows, tokens, ended = (x.gather(1, staying) for x in (rows, tokens, ended))
-                stale = True
-        completions = [row[:first_end(row.tolist(), eos_ids)] for row in drawn[:, :c + 1].cpu()]
-        return [completions[i:i + n] for i in range(0, len(completions), n)]
+            decoder.cache.keep(staying)
+            alive = alive.gather(1, staying)
+            tokens = tokens.gather(1, staying)
+            ended = ended.gather(1, staying)
+        completions = []
+        for group in drawn[:, :c + 1].cpu().split(n):
+            completions.append([row[:first_end(row.tolist(), eos_ids)] for row in group])
+        return completions
 
-    def prefill(self, prompts: list[Prompt], n: int, room: int) -> Cache:
+    def prefill(self, prompts, n, room):
         """Computes every prompt's prefix once, similar lengths together."""
         lengths = [len(p.ids) - 1 for p in prompts]
         cache = Cache(lengths, n, room, self.config.text_config, like=self.look_up(prompts[0]))
@@ -589,52 +757,48 @@ class Thinker(nn.Module):
             self.run_rows(x, positions, Prefill(len(index), cache, index))
         return cache
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------
-
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of what a plain checkpoint holds, one after the other: sharded weights gathered, adapters merged."""
-        adapted = {name: module for name, module in self.named_modules() if isinstance(module, Adapted)}
-        for name, tensor in self.state_dict().items():
-            owner, _, kind = name.rpartition(".")
-            if owner not in adapted or kind == "bias":
-                yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            elif kind == "weight":
-                yield name, adapted[owner].merged()
-
+    # -- checkpoints -------------------------------------------------------------------------------
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> "Thinker":
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
+                        device="cpu") -> "Thinker":
         """Reads a Qwen2.5-Omni directory (of which the Thinker is taken) or a Thinker-only one.
 
-        Every tensor is copied straight to its place, so at no time do two copies of the model exist.
-        Raises FileNotFoundError or BadInput naming the path and what was expected there.
+        Every tensor is copied directly to its place, so two copies of the model never exist at once. Raises
+        FileNotFoundError or BadInput, naming the path and what was expected there.
         """
         path = Path(path)
         config = read_config(path)
         with reading(path / "config.json"), torch.device("meta"):
             model = cls(config)
-            rotations(torch.zeros(3, 1), config.text_config, dtype)  # a rotary setting that is missing shows here
-        # Two buffers are computed, not stored: made of nothing above, they are built again for real.
-        rotary, sinusoids = model.visual.rotary_pos_emb, model.audio_tower.positional_embedding
-        model.visual.rotary_pos_emb = type(rotary)(model.visual.config).to(device)
-        model.audio_tower.positional_embedding = type(sinusoids)(sinusoids.length, sinusoids.channels).to(device)
+            # Fails here if a rotary setting is missing.
+            rotations(torch.zeros(3, 1), config.text_config, dtype)
+        # Two buffers are computed, not stored. On the device "meta" they are empty, so they are made again.
+        rotary = type(model.visual.rotary_pos_emb)
+        model.visual.rotary_pos_emb = rotary(model.visual.config).to(device)
+        sinusoids = model.audio_tower.positional_embedding
+        sinusoids = type(sinusoids)(sinusoids.length, sinusoids.channels)
+        model.audio_tower.positional_embedding = sinusoids.to(device)
         for file, shard in read_shards(path, dtype, device):
             try:
                 unexpected = model.load_state_dict(shard, strict=False, assign=True).unexpected_keys
-            except RuntimeError as error:  # shapes
+            except RuntimeError as error:  # shapes differ
                 raise BadInput(f"{file} does not fit {path / 'config.json'} ({one_line(error)})") from None
             if unexpected:
                 raise BadInput(f"{file} holds a weight that a Thinker does not have: {unexpected[0]}")
-        if model.config.tie_word_embeddings:
+        if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if missing:
-            raise BadInput(f"{path} lacks {len(missing)} of the Thinker's weights, the first is {missing[0]}; {POLICY_EXPECTED}")
+            raise BadInput(f"{path} lacks {len(missing)} of the Thinker's weights, "
+                           f"the first is {missing[0]}; {POLICY_EXPECTED}")
         return model
 
     def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None,
-                        max_shard_size: str = "5GB") -> None:
+                        max_shard_size="5GB") -> None:
         """Writes a Thinker-only directory that from_pretrained, here and in transformers, reads.
-        state_dict: whole tensors, where the model's own are sharded."""
+
+        state_dict: whole tensors, where the model's own are sharded.
+        """
         state = dict(self.state_dict() if state_dict is None else state_dict)
         if self.config.tie_word_embeddings:
             del state["lm_head.weight"]
@@ -644,14 +808,17 @@ class Thinker(nn.Module):
         save_torch_state_dict(state, path, max_shard_size=max_shard_size)
 
 
-def first_end(row: list[int], eos_ids: set[int]) -> int:
-    """Length of a completion up to and including its first end token."""
-    return next((i + 1 for i, token in enumerate(row) if token in eos_ids), len(row))
+def check_count(i, name, places, features):
+    """Raises ValueError unless prompt i has as many placeholders as features."""
+    if places.sum() != len(features):
+        raise ValueError(f"prompt {i}: {places.sum()} {name} placeholders, "
+                         f"but {len(features)} {name} features")
 
 
-def in_batches(items: list, sizes: list[int], most: int) -> list[list]:
-    """Consecutive items in batches whose sizes add up to at most `most` (a single larger item may exceed it)."""
-    batches, total = [], 0
+def in_batches(items, sizes, most):
+    """Consecutive items in batches whose sizes add up to at most `most` (a larger item stands alone)."""
+    batches = []
+    total = 0
     for item, size in zip(items, sizes):
         if batches and total + size <= most:
             batches[-1].append(item)
@@ -662,10 +829,11 @@ def in_batches(items: list, sizes: list[int], most: int) -> list[list]:
     return batches
 
 
-def prefill_batches(lengths: list[int]) -> list[list[int]]:
-    """Groups prompts by length, so that no padded batch exceeds PREFILL_TOKENS (a single longer prompt may)."""
+def prefill_batches(lengths):
+    """Groups prompts by length into padded batches of at most PREFILL_TOKENS (longer ones stand alone)."""
     batches = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):  # ascending: i is the longest of its batch
+    # Ascending, so prompt i is the longest of its batch.
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batches and lengths[i] * (len(batches[-1]) + 1) <= PREFILL_TOKENS:
             batches[-1].append(i)
         else:
@@ -673,36 +841,55 @@ def prefill_batches(lengths: list[int]) -> list[list[int]]:
     return batches
 
 
+# ---- reading a checkpoint --------------------------------------------------------------------------
 def read_config(path: Path) -> Qwen2_5OmniThinkerConfig:
-    """The Thinker's part of config.json; old spellings of the rotary settings are translated by transformers."""
+    """The Thinker's part of config.json. transformers translates old spellings of the rotary settings.
+
+    Raises FileNotFoundError or BadInput, naming the path and what was expected there.
+    """
     check_policy_folder(path)
     whole = read_json(path / "config.json")
     config = whole.get("thinker_config", whole)
     if not isinstance(config, dict) or config.get("model_type") != "qwen2_5_omni_thinker":
-        raise BadInput(f"{path}/config.json describes a {whole.get('model_type')} model; expected qwen2_5_omni with "
-                       f"a thinker_config, or qwen2_5_omni_thinker")
+        raise BadInput(f"{path}/config.json describes a {whole.get('model_type')} model; "
+                       f"expected qwen2_5_omni with a thinker_config, or qwen2_5_omni_thinker")
     with reading(path / "config.json"):
         return Qwen2_5OmniThinkerConfig.from_dict(config)
 
 
-def read_shards(path: Path, dtype: torch.dtype, device) -> Iterator[tuple[Path, dict[str, Tensor]]]:
-    """(file, the Thinker's weights in it), file by file, without the prefix "thinker."; the full model's other parts are
-    left out."""
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if not index.is_file() and not single.is_file():
-        raise FileNotFoundError(f"{path} holds no weights; expected {single.name}, or {index.name} and its shards")
-    files = [single]
+def weight_files(path):
+    """The files that should hold a directory's weights. Raises FileNotFoundError where it has none."""
+    index = path / "model.safetensors.index.json"
+    single = path / "model.safetensors"
     if index.is_file():
-        named = read_json(index)
+        listing = read_json(index)
         with reading(index):
-            files = [path / name for name in sorted(set(named["weight_map"].values()))]
-    for file in files:
+            names = set(listing["weight_map"].values())
+            return [path / name for name in sorted(names)]
+    if single.is_file():
+        return [single]
+    raise FileNotFoundError(f"{path} holds no weights; "
+                            f"expected {single.name}, or {index.name} and its shards")
+
+
+def read_shards(path, dtype, device):
+    """(file, the Thinker's weights in it), file by file, without the prefix "thinker.".
+
+    The full model's other parts (talker, token2wav) are left out.
+    """
+    for file in weight_files(path):
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing, though {index.name} names it: incomplete download?")
+            raise FileNotFoundError(f"{file} is missing, though model.safetensors.index.json names it: "
+                                    f"incomplete download?")
+        weights = {}
         try:
-            with safe_open(file, framework="pt") as shard:  # maps the file; copy=True lets go of the mapping
-                weights = {name.removeprefix("thinker."): shard.get_tensor(name).to(device, dtype, copy=True)
-                           for name in shard.keys() if not name.startswith(("talker.", "token2wav."))}
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():
+                    if not name.startswith(("talker.", "token2wav.")):
+                        # The file is mapped into memory. A copy does not keep the mapping alive.
+                        tensor = shard.get_tensor(name).to(device, dtype, copy=True)
+                        weights[name.removeprefix("thinker.")] = tensor
         except SafetensorError as error:
-            raise BadInput(f"not a safetensors file: {file} ({one_line(error)}); incomplete download?") from None
+            message = f"not a safetensors file: {file} ({one_line(error)}); incomplete download?"
+            raise BadInput(message) from None
         yield file, weights

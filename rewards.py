@@ -1,11 +1,18 @@
-"""Rewards: pure functions from a completion's text, and what was found with it, to named numbers.
+"""Rewards: what a completion earns, from its text and from the boxes and masks that were made of it.
 
-No models and no files. Every function returns its terms by name; `combine` is the only place where they are
-weighted and summed. Source of the formulas: Omni-R1, arXiv 2505.20256 (section 3) and its released training
-code, without that code's slips: here a box on the left edge counts, and so does every surplus box.
+Pure functions, no models and no files. Formulas: Omni-R1, arXiv 2505.20256, section 3, and its released
+training code, without two of that code's mistakes: here a box on the left edge counts, and so does every
+surplus box.
 
-Letters: O objects, T frames, H W pixels, G completions of one prompt. A box is (x1, y1, x2, y2) in pixels with
-its corners inside it: width x2 - x1 + 1.
+    reward_terms     every term of one completion by name; the one place where a task's reward is chosen
+    combine          the one sum; a setting of a term's name is its weight
+    total_rewards    a group's rewards: format + accuracy (+ length control)
+
+A new term of the task "vos" is a function and a line in `vos_rewards`. A setting of the term's name in
+train.py is its weight.
+
+Letters: O objects, T frames, H W pixels, G completions of one prompt. A box is (x1, y1, x2, y2) in pixels,
+corners inside the box: its width is x2 - x1 + 1.
 """
 import re
 from collections import Counter
@@ -14,223 +21,352 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from data import Moment, answer_text, blocks, is_null, keyframes, parse_box, parse_json, parse_moments, parse_numbers
+from data import (
+    FPS, KEYFRAMES, Box, Clip, Moment,
+    answer_text, blocks, is_null, keyframes,
+    parse_box, parse_json, parse_moments, parse_numbers,
+)
 
-Box = tuple[float, float, float, float]
+Boxes = Mapping[int, list[Box]]    # frame -> System 2's boxes there, in source pixels
+Terms = dict[str, float]           # a completion's reward terms by name
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-TERMS = ("base", "number", "length", "overlap", "saliency", "alignment", "mismatch", "consistency")
-WEIGHTS = dict(keyframe=1.0, saliency=1.0, alignment=1.0, consistency=0.0)   # first release; later 1, 0, 1, 2
+TERMS = (
+    "base",
+    "number", "length", "overlap",
+    "saliency",
+    "alignment", "mismatch",
+    "consistency",
+)
+# The setting `keyframe` weighs these together.
+KEYFRAME_TERMS = ("number", "length", "overlap")
+# No part of the accuracy reward.
+NO_ACCURACY = ("format", "malformed")
 
 
 def format_reward(text: str) -> float:
     """1.0 if the whole text is `<think>…</think>`, blanks, `<answer>…</answer>`, each tag once; else 0.0."""
-    once = all(text.count(tag) == 1 for tag in TAGS)   # forbids nested and repeated tags
-    return float(once and re.fullmatch(r"<think>.*</think>\s*<answer>.*</answer>", text, re.DOTALL) is not None)
+    for tag in TAGS:
+        # Each tag once: none is nested or repeated.
+        if text.count(tag) != 1:
+            return 0.0
+    pattern = r"<think>.*</think>\s*<answer>.*</answer>"
+    match = re.fullmatch(pattern, text, re.DOTALL)
+    return float(match is not None)
 
 
-# ------------------------------------------------------------------------------------------------ boxes
-
-
+# ---- boxes and masks -------------------------------------------------------------------------------
 def box_iou(a, b) -> np.ndarray:
     """IoU [A, B] of every box of `a` [A, 4] with every box of `b` [B, 4], corners inclusive."""
-    a, b = (np.asarray(boxes, dtype=float).reshape(-1, 4) for boxes in (a, b))
-    low = np.maximum(a[:, None, :2], b[None, :, :2])                       # [A, B, 2]
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])                      # [A, B, 2]
-    shared = np.clip(high - low + 1, 0, None).prod(-1)                     # [A, B]
-    area_a, area_b = ((boxes[:, 2:] - boxes[:, :2] + 1).prod(-1) for boxes in (a, b))
-    return shared / (area_a[:, None] + area_b[None, :] - shared)
+    a = np.asarray(a, dtype=float).reshape(-1, 1, 4)
+    b = np.asarray(b, dtype=float).reshape(1, -1, 4)
+    low = np.maximum(a[..., :2], b[..., :2])      # [A, B, 2]
+    high = np.minimum(a[..., 2:], b[..., 2:])     # [A, B, 2]
+    sides = np.clip(high - low + 1, 0, None)      # [A, B, 2], 0 where they do not meet
+    shared = sides.prod(-1)                       # [A, B]
+    areas = box_area(a) + box_area(b)             # [A, 1] + [1, B]
+    return shared / (areas - shared)
 
 
-def mask_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """First and last column and row of a mask [H, W] as a box; None where the mask is empty."""
-    rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
-    if len(rows) == 0:
+def box_area(boxes):
+    """Areas [...], in pixels, of boxes [..., 4]."""
+    sides = boxes[..., 2:] - boxes[..., :2] + 1
+    return sides.prod(-1)
+
+
+def mask_box(mask: np.ndarray) -> Box | None:
+    """First and last column and row of a mask [H, W] as a box of ints; None where the mask is empty."""
+    rows = mask.any(1).nonzero()[0].tolist()
+    columns = mask.any(0).nonzero()[0].tolist()
+    if not rows:
         return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
+    return columns[0], rows[0], columns[-1], rows[-1]
 
 
-# ------------------------------------------------------------------------- video object segmentation
+def region_similarity(pred, true) -> np.ndarray:
+    """J [T] (DAVIS): IoU of the masks of each frame, 1 where both are empty.
+
+    pred, true: [T, H, W], bool or 0 and anything else (0/255). Raises ValueError where their shapes differ.
+    """
+    pred, true = mask_pair(pred, true)
+    shared = (pred & true).sum((1, 2))    # [T]
+    union = (pred | true).sum((1, 2))     # [T]
+    iou = shared / np.maximum(union, 1)
+    return np.where(union > 0, iou, 1.0)
 
 
-def vos_rewards(text: str, masks: np.ndarray, boxes: Mapping[int, list[Box]], tracked: np.ndarray | None,
-                fps: float = 2.0) -> dict[str, float]:
+def mask_pair(pred, true) -> tuple[np.ndarray, np.ndarray]:
+    """Both as bool [T, H, W]; ValueError where their shapes differ."""
+    # 255 becomes True.
+    pred = np.asarray(pred, dtype=bool)
+    true = np.asarray(true, dtype=bool)
+    if pred.ndim != 3 or pred.shape != true.shape:
+        raise ValueError(f"pred {pred.shape} and true {true.shape} must be the same [T, H, W]")
+    return pred, true
+
+
+# ---- task "vos": keyframes of a video --------------------------------------------------------------
+def vos_rewards(text: str, masks: np.ndarray, boxes: Boxes, tracked: np.ndarray | None,
+                fps: float = FPS) -> Terms:
     """All terms of one completion on one clip, by name (TERMS).
 
-    masks    bool [O, T, H, W]: the true mask of each object; none, or all empty, for a null reference.
-    boxes    keyframe -> what System 2 found there, in source pixels; other frames than keyframes are ignored.
-    tracked  bool [T, H, W]: union of the masks SAM2 propagated from the boxes. None if SAM2 was not run: an
-             empty prediction where there was no box to prompt with, else consistency 0.
+    masks    bool [O, T, H, W]: the true mask of each object. For a null reference, O is 0 or all are empty.
+    boxes    System 2's boxes on keyframes. Boxes on other frames are ignored.
+    tracked  bool [T, H, W]: union of the masks that SAM2 tracked from the boxes. None if SAM2 was not run:
+             without a box the prediction is empty then, and with one consistency is 0.
     fps      frames per second at which the clip was shown to the model.
-    Raises ValueError, naming the shapes, where they do not fit together."""
-    masks, tracked = _checked(masks, tracked)
+
+    Raises ValueError, naming the shapes, where they do not fit together.
+    """
+    masks, tracked = check_masks(masks, tracked)
     terms = dict.fromkeys(TERMS, 0.0)
     null = not masks.any()
     if null and is_null(answer_text(text)):
         return terms | dict(base=1.0, consistency=1.0)
     if null:
-        masks = np.zeros((1, *masks.shape[1:]), dtype=bool)   # one object that is never there: every mean exists
-    moments = parse_moments(text, masks.shape[1], fps)
+        # One object that is never visible, so that no mean is over nothing.
+        masks = np.zeros((1, *masks.shape[1:]), dtype=bool)
+    objects, T = masks.shape[:2]
+    moments = parse_moments(text, T, fps)
     if not moments:
         return terms
-    terms["base"] = _base(moments, masks.any((2, 3)))
+    terms["base"] = base_term(moments, masks.any((2, 3)))
     frames = list(keyframes(moments))
-    if not frames:                     # nothing was looked at: an empty prediction must not pay either
+    # Without a keyframe nothing was looked at, and the empty prediction must earn nothing.
+    if not frames:
         return terms
-    found = {frame: boxes.get(frame, []) for frame in frames}
-    keyframe_terms = _keyframe_terms(moments)
-    if null:                           # to look in vain must not pay more than to say that there is nothing
-        keyframe_terms["number"] = min(keyframe_terms["number"], 0.0)
-    return terms | keyframe_terms | dict(
-        saliency=_saliency(masks, frames),
-        alignment=_alignment(masks, found),
-        mismatch=_mismatch(found, allowed=0 if null else len(masks), objects=len(masks)),
-        consistency=_consistency(masks.any(0), tracked, anything=any(found.values())))
+    chosen = {frame: boxes.get(frame, []) for frame in frames}
+    any_box = any(chosen.values())
+    terms["number"] = number_term(moments)
+    if null:
+        # Keyframes of nothing must not earn more than the answer null.
+        terms["number"] = min(terms["number"], 0.0)
+    terms["length"] = length_term(moments)
+    terms["overlap"] = overlap_term(moments)
+    terms["saliency"] = saliency_term(masks, frames)
+    terms["alignment"] = alignment_term(masks, chosen)
+    allowed = 0 if null else objects
+    terms["mismatch"] = mismatch_term(chosen, allowed, objects)
+    terms["consistency"] = consistency_term(masks.any(0), tracked, any_box)
+    return terms
 
 
-def _checked(masks, tracked) -> tuple[np.ndarray, np.ndarray | None]:
+def check_masks(masks, tracked):
     """Both as bool arrays (no copy where they are), or ValueError."""
     masks = np.asarray(masks, dtype=bool)
-    tracked = tracked if tracked is None else np.asarray(tracked, dtype=bool)
-    fits = masks.ndim == 4 and 0 not in masks.shape[1:] and (tracked is None or tracked.shape == masks.shape[1:])
+    shape = None
+    fits = masks.ndim == 4 and 0 not in masks.shape[1:]
+    if tracked is not None:
+        tracked = np.asarray(tracked, dtype=bool)
+        shape = tracked.shape
+        fits = fits and shape == masks.shape[1:]
     if not fits:
-        raise ValueError(f"masks {masks.shape} must be [O, T, H, W] with T, H, W > 0, and tracked "
-                         f"{None if tracked is None else tracked.shape} must be None or the same [T, H, W]")
+        raise ValueError(f"masks {masks.shape} must be [O, T, H, W] with T, H, W > 0, and tracked {shape} "
+                         f"must be None or the same [T, H, W]")
     return masks, tracked
 
 
-def _base(moments: list[Moment], visible: np.ndarray) -> float:
-    """Mean over blocks: 0.2 for being one, 0.2 if parsed, 0.2 if valid, plus the share of it in sight (<= 1.6).
+def base_term(moments: list[Moment], visible: np.ndarray) -> float:
+    """Mean over blocks of 0.2, plus 0.2 if parsed, plus, if valid, 0.2 and the share of visible targets.
 
-    visible  bool [O, T]."""
+    That is the share of pairs (object, frame of the block) in which the object is visible. At most 1.6.
+    visible: bool [O, T].
+    """
     score = 0.0
     for moment in moments:
-        score += 0.2 + 0.2 * moment.parsed
+        score += 0.4 if moment.parsed else 0.2
         if moment.frames:
-            score += 0.2 + visible[:, moment.frames].mean()
+            inside = visible[:, moment.frames]    # [O, frames]
+            score += 0.2 + inside.mean()
     return float(score / len(moments))
 
 
-def _keyframe_terms(moments: list[Moment]) -> dict[str, float]:
-    """R_K without saliency: how many frames are named, how long the intervals are, how often they overlap."""
-    sizes = [len(moment.frames) for moment in moments if moment.frames]
-    distinct = len({frame for moment in moments for frame in moment.frames})
-    return dict(number=0.4 * (distinct if distinct <= 4 else 7 - distinct),   # best at 4 keyframes
-                length=0.2 * (len(sizes) - sum(sizes)),                       # sum of 0.2 (1 - |F_i|), never above 0
-                overlap=-0.5 * (sum(sizes) - distinct))
+def frame_counts(moments: list[Moment]) -> tuple[list[int], int]:
+    """(number of frames |F_i| of each valid block, number U of distinct frames in all of them)."""
+    sizes = []
+    distinct = set()
+    for moment in moments:
+        if moment.frames:
+            sizes.append(len(moment.frames))
+            distinct.update(moment.frames)
+    return sizes, len(distinct)
 
 
-def _saliency(masks: np.ndarray, frames: list[int]) -> float:
-    """Mean over keyframes of the target's area, as a share of its largest area in the clip; 0 for a null reference."""
-    area = masks.sum((0, 2, 3))                                               # [T] pixels
-    return float(area[frames].mean() / max(area.max(), 1))
+def number_term(moments: list[Moment]) -> float:
+    """R_K: 0.4 U up to K_0 = KEYFRAMES distinct frames, beyond them 0.4 (2 K_0 - 1 - U): best at K_0."""
+    _, U = frame_counts(moments)
+    if U <= KEYFRAMES:
+        return 0.4 * U
+    return 0.4 * (2 * KEYFRAMES - 1 - U)
 
 
-def _alignment(masks: np.ndarray, found: dict[int, list[Box]]) -> float:
-    """R_A: mean IoU over the (object, keyframe) pairs in sight, under each frame's best one-to-one assignment."""
-    total, pairs = 0.0, 0
-    for frame, boxes in found.items():
-        true = [box for box in map(mask_box, masks[:, frame]) if box]
-        iou = box_iou(true, boxes)                                            # [visible objects, boxes]
-        total += iou[linear_sum_assignment(iou, maximize=True)].sum()
+def length_term(moments: list[Moment]) -> float:
+    """R_K: the sum of 0.2 (1 - |F_i|) over valid blocks, never above 0."""
+    sizes, _ = frame_counts(moments)
+    return 0.2 * (len(sizes) - sum(sizes))
+
+
+def overlap_term(moments: list[Moment]) -> float:
+    """R_K: -0.5 for every time that a frame is named again."""
+    sizes, U = frame_counts(moments)
+    return -0.5 * (sum(sizes) - U)
+
+
+def saliency_term(masks: np.ndarray, frames: list[int]) -> float:
+    """R_K: the target's mean area on keyframes, as a share of its largest in the clip; 0 if never visible."""
+    area = masks.sum((0, 2, 3))    # [T] pixels
+    largest = max(area.max(), 1)
+    return float(area[frames].mean() / largest)
+
+
+def alignment_term(masks: np.ndarray, boxes: Boxes) -> float:
+    """R_A: mean IoU over the visible objects of all keyframes, under each frame's best one-to-one assignment.
+    """
+    total = 0.0
+    pairs = 0
+    for frame, predicted in boxes.items():
+        true = []
+        for mask in masks[:, frame]:
+            box = mask_box(mask)
+            if box:
+                true.append(box)
+        iou = box_iou(true, predicted)    # [visible objects, boxes]
+        best = linear_sum_assignment(iou, maximize=True)
+        total += iou[best].sum()
         pairs += len(true)
     return float(total / max(pairs, 1))
 
 
-def _mismatch(found: dict[int, list[Box]], allowed: int, objects: int) -> float:
-    """Minus half the surplus boxes per object and keyframe: those beyond `allowed` on a frame are surplus."""
-    surplus = sum(max(len(boxes) - allowed, 0) for boxes in found.values())
-    return -0.5 * surplus / objects / len(found)
+def mismatch_term(boxes: Boxes, allowed: int, objects: int) -> float:
+    """R_A: -0.5 for each surplus box, one beyond `allowed` on its frame, divided by objects and keyframes."""
+    surplus = 0
+    for predicted in boxes.values():
+        surplus += max(len(predicted) - allowed, 0)
+    return -0.5 * surplus / objects / len(boxes)
 
 
-def _consistency(true: np.ndarray, tracked: np.ndarray | None, anything: bool) -> float:
-    """R_G: mean over frames of the IoU of two masks [T, H, W]; a frame where both are empty counts 1."""
+def consistency_term(true: np.ndarray, tracked: np.ndarray | None, any_box: bool) -> float:
+    """R_G: J of the masks [T, H, W] of SAM2, mean over frames; a frame where both are empty counts 1."""
     if tracked is None:
-        if anything:
+        if any_box:
             return 0.0
         tracked = np.zeros_like(true)
-    union = (true | tracked).sum((1, 2))                                      # [T]
-    shared = (true & tracked).sum((1, 2))
-    return float(np.where(union > 0, shared / np.maximum(union, 1), 1.0).mean())
+    return float(region_similarity(tracked, true).mean())
 
 
-def combine(terms: Mapping[str, float], weights: Mapping[str, float] = WEIGHTS, clip: bool = False) -> float:
-    """The accuracy reward: base plus the weighted other terms; with `clip`, these can add but not take away."""
-    rest = (weights["keyframe"] * (terms["number"] + terms["length"] + terms["overlap"])
-            + weights["saliency"] * terms["saliency"]
-            + weights["alignment"] * terms["alignment"] + terms["mismatch"]
-            + weights["consistency"] * terms["consistency"])
-    return terms["base"] + (max(rest, 0.0) if clip else rest)
+# ---- task "avs": the first frame and the sound -----------------------------------------------------
+def first_frame_reward(answer: str, boxes: Boxes, masks: np.ndarray) -> float:
+    """Reward of Ref-AVS: IoU of System 2's first box on frame 0 with the true one.
 
-
-# --------------------------------------------------------------------- sound, images
+    If the target is not visible there, 1 for the answer null, else 0; that is our addition.
+    masks: bool [O, T, H, W].
+    """
+    true = mask_box(masks[:, 0].any(0))
+    if true is None:
+        return float(is_null(answer))
+    predicted = boxes.get(0)
+    return avs_reward(predicted[0] if predicted else None, true)
 
 
 def avs_reward(box: Box | None, true_box: Box | None) -> float:
-    """IoU of the box found on frame 0 with the true one, in the same pixels; 0 where either is missing."""
-    return float(box_iou(box, true_box)[0, 0]) if box and true_box else 0.0
+    """IoU of two boxes in the same pixels; 0 where either is missing."""
+    if not box or not true_box:
+        return 0.0
+    return box_iou(box, true_box).item()
 
 
-def image_rewards(text: str, true_box: Box, true_points) -> dict[str, float]:
-    """Terms of one completion on one image, to be summed as they are: at most 1 + 1.4 + 1 + 1.
+# ---- task "image": a box and two points in a picture -----------------------------------------------
+def image_rewards(text: str, true_box: Box, true_points) -> Terms:
+    """Terms of one completion on one image (Seg-Zero). At most: strict format 1, iou 1.4, box 1, point 1.
 
-    The answer is `{"bbox_2d": [x1, y1, x2, y2], "points_1": [x, y], "points_2": [x, y]}`; true_points is
-    [2, 2]. All in pixels of the resized image. Other text around the object costs the format term only."""
+    The answer is `{"bbox_2d": [x1, y1, x2, y2], "points_1": [x, y], "points_2": [x, y]}`, in pixels of the
+    resized image, as are true_box and true_points [2, 2]. Other text around it only costs the strict format.
+    """
     answer = answer_text(text)
     block = next(iter(blocks(answer)), "{}")
     fields = parse_json(block) or {}
     box = parse_box(fields.get("bbox_2d"))
-    points = [parse_numbers(fields.get(key), 2) for key in ("points_1", "points_2")]
-    terms = dict.fromkeys(("format", "iou", "box", "point"), 0.0)
+    point_names = ("points_1", "points_2")
+    points = [parse_numbers(fields.get(name), 2) for name in point_names]
+    terms = dict(iou=0.0, box=0.0, point=0.0, strict=0.0)
     if box is None:
         return terms
-    exact = block == answer and set(fields) == {"bbox_2d", "points_1", "points_2"} and all(points)
-    terms["format"] = format_reward(text) if exact else 0.0
-    iou = float(box_iou(box, true_box)[0, 0])
-    terms["iou"] = 2 * (iou - 0.5) + 0.4 if iou > 0.5 else 0.0
+    exact = block == answer and set(fields) == {"bbox_2d", *point_names}
+    if exact and all(points):
+        terms["strict"] = format_reward(text)
+    iou = box_iou(box, true_box).item()
+    if iou > 0.5:
+        terms["iou"] = 2 * (iou - 0.5) + 0.4
     off = np.abs(np.subtract(box, true_box)).mean()
-    terms["box"] = float(np.clip(0.05 * (30 - off), 0, 1))
-    if all(points) and all(box[0] <= x <= box[2] and box[1] <= y <= box[3] for x, y in points):
-        terms["point"] = float(np.clip(0.02 * (150 - _pair_distance(points, true_points)), 0, 1))
+    terms["box"] = within_one(0.05 * (30 - off))
+    if all(points) and all(inside_box(point, box) for point in points):
+        off = pair_distance(points, true_points)
+        terms["point"] = within_one(0.02 * (150 - off))
     return terms
 
 
-def _pair_distance(points, true_points) -> float:
-    """Mean distance of two points to two others, paired the better way round."""
-    points, true_points = np.asarray(points, dtype=float), np.asarray(true_points, dtype=float)   # [2, 2] each
-    return min(np.linalg.norm(points - other, axis=1).mean() for other in (true_points, true_points[::-1]))
+def within_one(value: float) -> float:
+    """The value if it is in [0, 1], else the nearer end."""
+    return float(np.clip(value, 0, 1))
 
 
-# --------------------------------------------------------------------- questions, length control
+def inside_box(point, box: Box) -> bool:
+    x, y = point
+    x1, y1, x2, y2 = box
+    return x1 <= x <= x2 and y1 <= y <= y2
 
 
+def pair_distance(points, true_points) -> float:
+    """Mean distance, in pixels, of two points [2, 2] to two others, paired the better way round."""
+    straight = np.subtract(points, true_points)
+    crossed = np.subtract(points, true_points[::-1])
+    distances = np.linalg.norm([straight, crossed], axis=-1)    # [way round, point]
+    return distances.mean(-1).min()
+
+
+# ---- task "qa": questions of Video-R1 --------------------------------------------------------------
 def question_reward(kind: str, text: str, solution: str) -> float:
-    """Accuracy in [0, 1] of one completion on a question of Video-R1's kinds (QUESTIONS); 0 without an answer.
+    """Accuracy in [0, 1] of one completion on a question of Video-R1's kinds (QUESTIONS).
 
-    solution  the true answer, within `<answer>` tags or bare. Raises ValueError for an unknown kind."""
+    It is 0 without an answer. solution: the true answer, within `<answer>` tags or bare. Raises ValueError
+    for an unknown kind.
+    """
     if kind not in QUESTIONS:
         raise ValueError(f"unknown kind of question: {kind} (one of {', '.join(QUESTIONS)})")
-    answer, true = answer_text(text), answer_text(solution) or solution.strip()
-    return QUESTIONS[kind](answer, true) if answer else 0.0
+    answer = answer_text(text)
+    if not answer:
+        return 0.0
+    true = answer_text(solution) or solution.strip()
+    return QUESTIONS[kind](answer, true)
 
 
-def _same(answer: str, true: str) -> float:
+def same_text(answer: str, true: str) -> float:
     return float(answer == true)
 
 
-def _same_number(answer: str, true: str) -> float:
-    """Both whole numbers or both not, and equal to two decimals."""
-    numbers = parse_number(answer), parse_number(true)
-    alike = any(c in answer for c in ".,") == any(c in true for c in ".,")
-    return float(alike and None not in numbers and round(numbers[0], 2) == round(numbers[1], 2))
-
-
-def _near_number(answer: str, true: str) -> float:
-    """1 - the relative error, at least 0."""
-    number, goal = parse_number(answer), parse_number(true)
-    if number is None or goal is None:
+def same_number(answer: str, true: str) -> float:
+    """1 if the numbers are equal to two decimals, and both or neither is written with a point or comma."""
+    number = parse_number(answer)
+    true_number = parse_number(true)
+    if number is None or true_number is None:
         return 0.0
-    return float(np.clip(1 - (abs(number - goal) + 1e-9) / (abs(goal) + 1e-9), 0, 1))
+    if has_point(answer) != has_point(true):
+        return 0.0
+    return float(round(number, 2) == round(true_number, 2))
+
+
+def has_point(text: str) -> bool:
+    return "." in text or "," in text
+
+
+def near_number(answer: str, true: str) -> float:
+    """1 - the relative error, at least 0."""
+    number = parse_number(answer)
+    true_number = parse_number(true)
+    if number is None or true_number is None:
+        return 0.0
+    error = abs(number - true_number) + 1e-9
+    return within_one(1 - error / (abs(true_number) + 1e-9))
 
 
 def parse_number(text: str) -> float | None:
@@ -239,52 +375,150 @@ def parse_number(text: str) -> float | None:
         number = float(text.replace(",", ""))
     except ValueError:
         return None
-    return number if abs(number) < float("inf") else None          # neither infinite nor NaN
+    return number if np.isfinite(number) else None
 
 
-def _read_words(answer: str, true: str) -> float:
+def word_accuracy(answer: str, true: str) -> float:
     """1 - word error rate, at least 0."""
-    words, goal = answer.split(), true.split()
-    if len(words) >= 2 * max(1, len(goal)):                        # at least as many insertions as there are true words
-        return float(words == goal)
-    distance = list(range(len(goal) + 1))                          # Levenshtein, one row at a time
+    words = answer.split()
+    true_words = true.split()
+    count = max(1, len(true_words))
+    # Its words beyond the true ones are errors enough for 0. So a long answer costs no time.
+    if len(words) >= 2 * count:
+        return 0.0
+    # Levenshtein distance, one row at a time.
+    distance = list(range(len(true_words) + 1))
     for i, word in enumerate(words, 1):
-        diagonal, distance[0] = distance[0], i
-        for j, other in enumerate(goal, 1):
-            diagonal, distance[j] = distance[j], min(distance[j] + 1, distance[j - 1] + 1, diagonal + (word != other))
-    return max(0.0, 1 - distance[-1] / max(1, len(goal)))
+        diagonal = distance[0]
+        distance[0] = i
+        for j, other in enumerate(true_words, 1):
+            changed = diagonal if word == other else diagonal + 1
+            diagonal = distance[j]
+            gap = min(diagonal, distance[j - 1]) + 1
+            distance[j] = min(gap, changed)
+    return max(0.0, 1 - distance[-1] / count)
 
 
-def _rouge(answer: str, true: str, most: int = 1000) -> float:
-    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L over lower-case words without stemming; the answer's first `most` words count."""
-    words, goal = (re.findall(r"[a-z0-9]+", text.lower())[:most] for text in (answer, true))
+def rouge(answer: str, true: str, most: int = 1000) -> float:
+    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L over the first `most` words, in lower case, without stemming."""
+    words = re.findall(r"[a-z0-9]+", answer.lower())[:most]
+    true_words = re.findall(r"[a-z0-9]+", true.lower())[:most]
     scores = []
     for n in (1, 2):
-        ours, theirs = (Counter(zip(*(part[k:] for k in range(n)))) for part in (words, goal))
-        scores.append(_f_score((ours & theirs).total(), ours.total(), theirs.total()))
-    longest = [0] * (len(goal) + 1)                                # common subsequence, one row at a time
+        ours = word_groups(words, n)
+        theirs = word_groups(true_words, n)
+        shared = (ours & theirs).total()
+        scores.append(f_score(shared, ours.total(), theirs.total()))
+    # Longest common subsequence, one row at a time.
+    longest = [0] * (len(true_words) + 1)
     for word in words:
         diagonal = 0
-        for j, other in enumerate(goal, 1):
-            diagonal, longest[j] = longest[j], diagonal + 1 if word == other else max(longest[j], longest[j - 1])
-    scores.append(_f_score(longest[-1], len(words), len(goal)))
+        for j, other in enumerate(true_words, 1):
+            best = max(longest[j], longest[j - 1])
+            if word == other:
+                best = diagonal + 1
+            diagonal = longest[j]
+            longest[j] = best
+    scores.append(f_score(longest[-1], len(words), len(true_words)))
     return float(np.mean(scores))
 
 
-def _f_score(shared: int, ours: int, theirs: int) -> float:
+def word_groups(words: list[str], n: int) -> Counter:
+    """Every n words in a row, and how often they occur."""
+    starts = range(len(words) - n + 1)
+    return Counter(tuple(words[i:i + n]) for i in starts)
+
+
+def f_score(shared: int, ours: int, theirs: int) -> float:
     return 2 * shared / (ours + theirs) if shared else 0.0
 
 
-QUESTIONS = {"multiple choice": _same, "numerical": _same_number, "regression": _near_number, "OCR": _read_words,
-             "free-form": _rouge}
+QUESTIONS = {
+    "multiple choice": same_text,
+    "numerical": same_number,
+    "regression": near_number,
+    "OCR": word_accuracy,
+    "free-form": rouge,
+}
+
+
+# ---- a completion's terms, and the sum -------------------------------------------------------------
+def reward_terms(clip: Clip, scale: tuple[float, float], text: str, boxes: Boxes,
+                 tracked: np.ndarray | None) -> Terms:
+    """Every reward term of one completion by name, and whether it could not be used at all (`malformed`).
+
+    scale    source pixels per pixel of the picture that System 1's own boxes are in, (x, y).
+    tracked  bool [T, H, W]: SAM2's masks; None if it was not run.
+
+    Raises ValueError for an unknown task.
+    """
+    answer = answer_text(text)
+    truth = clip.truth
+    if clip.task == "vos":
+        terms = vos_rewards(text, clip.masks, boxes, tracked, clip.fps)
+        readable = is_null(answer) or bool(boxes)
+    elif clip.task == "avs":
+        terms = dict(first_box=first_frame_reward(answer, boxes, clip.masks))
+        readable = bool(answer)
+    elif clip.task == "image":
+        box = np.divide(truth["box"], [*scale, *scale])
+        points = np.divide(truth["points"], scale)
+        terms = image_rewards(text, box, points)
+        readable = terms["strict"] > 0
+    elif clip.task == "qa":
+        accuracy = question_reward(truth["type"], text, truth["solution"])
+        terms = dict(accuracy=accuracy)
+        readable = bool(answer)
+    else:
+        raise ValueError(f"unknown task: {clip.task}")
+    terms["format"] = format_reward(text)
+    terms["malformed"] = float(not readable)
+    return terms
+
+
+def combine(terms: Terms, weights: Mapping[str, float], clip: bool = False) -> float:
+    """The accuracy reward: base plus all other terms, each times its weight (1 where `weights` names none).
+
+    weights: by term; "keyframe" (the paper's a_k) weighs number, length and overlap together, "saliency" is
+    a_kr, "alignment" a_a, "consistency" a_g. clip: the sum of the terms beside base is at least 0.
+    """
+    keyframe = 0.0
+    for name in KEYFRAME_TERMS:
+        keyframe += terms.get(name, 0.0)
+    rest = weights.get("keyframe", 1.0) * keyframe
+    for name, value in terms.items():
+        if name not in ("base", *KEYFRAME_TERMS, *NO_ACCURACY):
+            rest += weights.get(name, 1.0) * value
+    if clip:
+        rest = max(rest, 0.0)
+    return terms.get("base", 0.0) + rest
+
+
+def total_rewards(terms: list[Terms], lengths: list[int], settings) -> np.ndarray:
+    """Rewards (G,) of a group: format + accuracy (+ length control).
+
+    terms: G dicts of reward_terms; lengths: G numbers of tokens; settings: weights by the names of terms,
+    `keyframe`, `clip_reward` and `length_control`.
+    """
+    formats = []
+    accuracy = []
+    for completion in terms:
+        formats.append(completion["format"])
+        accuracy.append(combine(completion, vars(settings), settings.clip_reward))
+    rewards = np.array(formats) + np.array(accuracy)
+    if settings.length_control:
+        rewards += length_bonus(accuracy, lengths)
+    return rewards
 
 
 def length_bonus(accuracy, lengths) -> np.ndarray:
-    """Bonus [G] of one group: 1 for each right completion of 320 to 750 tokens, if more than one is right.
+    """Bonus (G,): 1 for each right completion of 320 to 750 tokens, if more than one of the group is right.
 
-    accuracy  [G] accuracy rewards; above 0.1 counts as right.
-    lengths   [G] tokens of each completion."""
-    right, lengths = np.asarray(accuracy) > 0.1, np.asarray(lengths)
+    accuracy: (G,) accuracy rewards; above 0.1 counts as right. lengths: (G,) tokens.
+    """
+    right = np.asarray(accuracy) > 0.1
+    lengths = np.asarray(lengths)
     if right.sum() <= 1:
         return np.zeros(len(right))
-    return (right & (320 <= lengths) & (lengths <= 750)).astype(float)
+    moderate = (320 <= lengths) & (lengths <= 750)
+    return (right & moderate).astype(float)

@@ -1,0 +1,210 @@
+"""Predictions on disk, in the layout that the benchmarks share.
+
+    DIR/Annotations/<video>/<expression>/<frame>.png    gray, 0 or 255
+
+The level Annotations may be missing. Or a .json holds them as COCO run lengths, null for an empty mask:
+
+    {video: {expression: {"prediction_masks": [one of each frame]}}}
+
+`source` below is either a directory or the contents of such a .json. Letters: T frames, H W pixels.
+"""
+import hashlib
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.samples import Benchmark, Sample, rle_mask
+from data import BadInput, parse_json, read_json, reading
+
+# Ends the names of what is not finished.
+PARTIAL = ".partial"
+
+
+# ---- folders ---------------------------------------------------------------------------------------
+def prediction_folder(directory: str, sample: Sample) -> str:
+    """Where the pictures of a sample's prediction lie."""
+    return os.path.join(top_folder(directory), sample.folder or sample.video, sample.expression)
+
+
+def top_folder(directory):
+    annotations = os.path.join(directory, "Annotations")
+    return annotations if os.path.isdir(annotations) else directory
+
+
+def prediction_files(directory, sample, names):
+    """The paths of these frames of a sample's prediction."""
+    folder = prediction_folder(directory, sample)
+    return [os.path.join(folder, f"{name}.png") for name in names]
+
+
+def scored_names(sample: Sample) -> list:
+    """The names of the frames that count."""
+    return sample.names if sample.scored is None else sample.scored
+
+
+def write_prediction(out: str, sample: Sample, masks) -> None:
+    """Writes masks, bool [T, H, W], into OUT/Annotations.
+
+    The folder appears whole or not at all: an expression whose folder exists is finished, also after an
+    interruption.
+    """
+    if len(masks) != len(sample.names):
+        raise BadInput(f"{len(masks)} masks for the {len(sample.names)} frames of {sample.name}")
+    os.makedirs(os.path.join(out, "Annotations"), exist_ok=True)
+    folder = prediction_folder(out, sample)
+    partial = folder + PARTIAL
+    # An interrupted run may have left it.
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    for name, mask in zip(sample.names, masks):
+        picture = Image.fromarray(np.asarray(mask, np.uint8) * 255)
+        picture.save(os.path.join(partial, f"{name}.png"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+# ---- reading ---------------------------------------------------------------------------------------
+def open_predictions(path: str) -> str | dict:
+    """The source at a path: the directory itself, or the contents of a .json.
+
+    Raises FileNotFoundError or BadInput where it is neither.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no such directory or .json of predictions: {path}")
+    if os.path.isdir(path):
+        return path
+    videos = read_json(path)
+    for video, entries in videos.items():
+        if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+            form = '{video: {expression: {"prediction_masks": [...]}}}'
+            raise BadInput(f"not {form}: {video} in {path}")
+    return videos
+
+
+def read_prediction(source: str | dict, sample: Sample, size: tuple) -> np.ndarray | None:
+    """bool [T, H, W] of the frames that count; None where a sample has no prediction.
+
+    size: (H, W) of the frames. Raises BadInput naming a mask that is missing, broken or of another size.
+    """
+    if isinstance(source, dict):
+        return read_runs(source, sample, size)
+    if not os.path.isdir(prediction_folder(source, sample)):
+        return None
+    files = prediction_files(source, sample, scored_names(sample))
+    return np.stack([read_mask(file, size) for file in files])
+
+
+def read_mask(path, size):
+    """bool [H, W] of a picture: 1 and 255 are the same."""
+    try:
+        with Image.open(path) as image:
+            mask = np.asarray(image.convert("L")) > 0
+    # Pillow raises any of these for a broken picture.
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadInput(f"cannot read predicted mask: {path} ({error})") from None
+    H, W = size
+    if mask.shape != (H, W):
+        rows, columns = mask.shape
+        raise BadInput(f"predicted mask of wrong size: {path} is {rows} x {columns}, its frame {H} x {W}")
+    return mask
+
+
+def read_runs(videos, sample, size):
+    """As read_prediction, from the contents of a .json."""
+    entry = videos.get(sample.video, {}).get(sample.expression)
+    if entry is None:
+        return None
+    runs = entry.get("prediction_masks")
+    if not isinstance(runs, list) or len(runs) != len(sample.names):
+        count = len(sample.names)
+        raise BadInput(f"prediction_masks of {sample.name} are not a list of {count}, one per frame")
+    where = f"the prediction of {sample.name}"
+    masks = []
+    with reading(where):
+        for name in scored_names(sample):
+            rle = runs[sample.names.index(name)]
+            mask = np.zeros(size, bool) if rle is None else rle_mask(rle, where)
+            masks.append(mask)
+        masks = np.stack(masks)
+    rows, columns = masks.shape[1:]
+    H, W = size
+    if (rows, columns) != (H, W):
+        raise BadInput(f"prediction of {sample.name}: masks of {rows} x {columns}, its frames of {H} x {W}")
+    return masks
+
+
+def is_whole(source: str | dict, sample: Sample) -> bool:
+    """Whether all frames of a sample have a prediction; none is read."""
+    if isinstance(source, dict):
+        return sample.expression in source.get(sample.video, {})
+    files = prediction_files(source, sample, sample.names)
+    return all(map(os.path.isfile, files))
+
+
+# ---- packing ---------------------------------------------------------------------------------------
+def zip_predictions(benchmark: Benchmark, samples: list[Sample], directory: str, out: str) -> str:
+    """Writes OUT/NAME.zip of the predictions as the benchmark's server takes them. Returns its path."""
+    top = top_folder(directory)
+    if not os.path.isdir(top):
+        raise FileNotFoundError(f"no folder of predictions to pack: {top}")
+    files = []
+    for sample in samples:
+        files += prediction_files(directory, sample, sample.names)
+    path = os.path.join(out, f"{benchmark.name}.zip")
+    # Stored as they are: the pictures are compressed already.
+    with zipfile.ZipFile(path + PARTIAL, "w") as archive:
+        for file in sorted(filter(os.path.isfile, files)):
+            inner = os.path.relpath(file, top)
+            archive.write(file, os.path.join(benchmark.archive, inner))
+    os.replace(path + PARTIAL, path)
+    return path
+
+
+# ---- a folder that an evaluation fills -------------------------------------------------------------
+# OUT/Annotations, OUT/answers-RANK.jsonl with System 1's words, and OUT/run.json, which says whose they are.
+
+def unpredicted(out: str, samples: list[Sample]) -> list[Sample]:
+    """The samples without a prediction in OUT."""
+    return [sample for sample in samples if not os.path.isdir(prediction_folder(out, sample))]
+
+
+def check_claim(out: str, claim: dict) -> None:
+    """Raises BadInput where OUT holds predictions with another claim."""
+    path = f"{out}/run.json"
+    earlier = read_json(path) if os.path.exists(path) else claim
+    for key, value in claim.items():
+        if earlier.get(key) != value:
+            raise BadInput(f"{out} holds predictions with {key} {earlier.get(key)}, not {value}: "
+                           f"give another --out, or --overwrite true")
+
+
+def fingerprint(directory: str) -> str:
+    """Changes with the weights in a directory, by their names, sizes and times."""
+    facts = []
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        status = file.stat()
+        facts.append((file.name, status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+
+
+def clear(out: str) -> None:
+    """Removes predictions, answers and claim."""
+    shutil.rmtree(f"{out}/Annotations", ignore_errors=True)
+    for path in [*Path(out).glob("answers-*.jsonl"), *Path(out).glob("run.json")]:
+        path.unlink()
+
+
+def read_answers(directory: str) -> dict:
+    """{name of a sample: its answer} of a directory of predictions; {} where there are none."""
+    answers = {}
+    for path in sorted(Path(directory).glob("answers-*.jsonl")):
+        for line in path.read_text().splitlines():
+            answer = parse_json(line)
+            # A full disk leaves half a line.
+            if isinstance(answer, dict) and {"name", "text", "keyframes"} <= answer.keys():
+                answers[answer["name"]] = answer
+    return answers

@@ -1,0 +1,124 @@
+"""Video-R1-260k (arXiv 2503.21776): questions on videos and pictures to train on.
+
+    video_r1/
+      Video-R1-260k.json
+          [{"problem_id", "problem", "data_type", "problem_type", "options", "solution", "path"}]
+      <path>    a video file (data_type "video") or a picture
+
+problem holds the question, solution the answer between answer tags. It has no metric.
+"""
+import os
+import struct
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.mini import encoded, put
+from benchmarks.samples import Benchmark, Sample, require
+from benchmarks.toy import CANVAS, toy_scene
+from data import FPS, SAMPLE_RATE, answer_text, read_json
+
+TEXTS = ("problem", "data_type", "problem_type", "path", "solution")
+
+
+def read_video_r1(root: str, split: str) -> list[Sample]:
+    """All samples. Raises BadInput or FileNotFoundError that names what is malformed or missing."""
+    path = f"{root}/Video-R1-260k.json"
+    samples = []
+    for i, item in enumerate(read_json(path, list)):
+        where = f"{path}: item {i}"
+        query, media, kind, file, solution = [require(item, key, where, str) for key in TEXTS]
+        key = str(item.get("problem_id", i))
+        location = os.path.normpath(os.path.join(root, file))
+        sample = Sample("qa", "video_r1", os.path.normpath(file), key, query, kind, [], [location])
+        sample.truth = dict(
+            type=kind,
+            options=item.get("options") or [],
+            solution=answer_text(solution) or solution.strip(),
+        )
+        if media == "video":
+            sample.sound = location
+        else:
+            sample.names = [os.path.splitext(os.path.basename(file))[0]]
+        samples.append(sample)
+    return samples
+
+
+# ---- the miniature ---------------------------------------------------------------------------------
+def mini_video_r1(root: str, videos: int):
+    """Videos and pictures take turns. Each has a question of every type."""
+    items = []
+    for i in range(videos):
+        scene = toy_scene("train", i)
+        thing = scene.things[0]
+        if i % 2 == 0:
+            media = "video"
+            path = f"./STAR/toy{i}.avi"
+            put(video_file(scene.pictures, scene.sound), f"{root}/{path}")
+        else:
+            media = "image"
+            path = f"./Chart/toy{i}.jpg"
+            put(scene.pictures[0], f"{root}/{path}")
+        questions = (
+            ("multiple choice", "Which of these colours is to be seen?", "B"),
+            ("numerical", "How many objects are there?", str(len(scene.things))),
+            ("OCR", "Write down the first object's colour.", thing.colour),
+            ("free-form", "What does the first object look like?", f"It is a {thing.name}."),
+            ("regression", "How many pixels wide is the picture?", str(CANVAS)),
+        )
+        for n, (kind, question, answer) in enumerate(questions):
+            items.append(dict(
+                problem_id=5 * i + n,
+                problem=question,
+                data_type=media,
+                problem_type=kind,
+                options=["A. pink", f"B. {thing.colour}"] if kind == "multiple choice" else [],
+                solution=f"<answer>{answer}</answer>",
+                path=path,
+            ))
+    put(items, f"{root}/Video-R1-260k.json")
+
+
+def video_file(pictures, sound):
+    """Bytes of an AVI file: pictures [T, H, W, 3] at FPS as JPEG, mono sound as 16-bit PCM.
+
+    Fields that are not used are 0: an x in a format of struct is such a byte.
+    """
+    T, height, width, _ = pictures.shape
+    fps = int(FPS)
+    pcm = (sound * 32767).astype("<i2")
+    # Microseconds a frame, frames, streams, width, height.
+    header = struct.pack("<I12xI4xI4xII16x", 1_000_000 // fps, T, 2, width, height)
+    # Size of this header, width, height, planes, bits a pixel, codec, bytes a picture.
+    codec = struct.pack("<IiiHH4sI16x", 40, width, height, 1, 24, b"MJPG", 3 * width * height)
+    video = stream(b"vidsMJPG", fps, T, 0, codec)
+    # Codec (PCM), channels, samples a second, bytes a second, bytes a sample, bits a sample.
+    codec = struct.pack("<HHIIHH", 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)
+    audio = stream(b"auds\0\0\0\0", SAMPLE_RATE, len(pcm), 2, codec)
+    body = b"movi"
+    for picture, part in zip(pictures, np.array_split(pcm, T)):
+        body += chunk(b"00dc", encoded(Image.fromarray(picture), "jpeg"))
+        body += chunk(b"01wb", part.tobytes())
+    headers = b"hdrl" + chunk(b"avih", header) + video + audio
+    return chunk(b"RIFF", b"AVI " + chunk(b"LIST", headers) + chunk(b"LIST", body))
+
+
+def stream(kind, rate, length, unit, codec):
+    """A stream's header and format: `length` units, `rate` a second, of `unit` bytes (0: they differ)."""
+    header = kind + struct.pack("<12xII4xI8xI8x", 1, rate, length, unit)
+    return chunk(b"LIST", b"strl" + chunk(b"strh", header) + chunk(b"strf", codec))
+
+
+def chunk(tag, content):
+    """A chunk of a RIFF file. An odd content is padded, which its length does not count."""
+    return tag + struct.pack("<I", len(content)) + content + b"\0" * (len(content) % 2)
+
+
+VIDEO_R1 = Benchmark(
+    name="video_r1",
+    folder="video_r1",
+    splits=("train",),
+    read=read_video_r1,
+    per_video=False,
+    mini=mini_video_r1,
+)

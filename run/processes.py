@@ -1,0 +1,155 @@
+"""Processes that train together: start, sharded weights, weights in host memory, and a guard against hanging.
+"""
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from model import Thinker
+
+
+def start_processes(device: str, minutes: float = 30.0) -> tuple[int, int, torch.device]:
+    """Joins torchrun's processes, or starts a group of one -> (rank, number of processes, own device).
+
+    Collectives time out after 2 x minutes. `guard` reports first, because it knows the phase.
+    """
+    backend = "gloo"
+    if device == "cuda":
+        backend = "nccl"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=2 * minutes))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def sums_over_processes(values: dict, device: torch.device) -> dict[str, float]:
+    """{name: number}, each added up over all processes, which must give the same names."""
+    numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(numbers)
+    return dict(zip(values, numbers.tolist()))
+
+
+# ---- where weights rest ----------------------------------------------------------------------------
+def shard(thinker: Thinker, dtype: torch.dtype, device: torch.device, hybrid: bool = True) -> None:
+    """Shards the language model's weights over all processes (FSDP2).
+
+    They are float32 at rest and `dtype` in computation. The frozen towers are left out and stay whole on every
+    process: a process whose clip has no sound does not run the audio tower, and the others must not wait for it.
+    hybrid: on several nodes each node holds all shards, and only gradients pass between nodes.
+    """
+    towers = {*thinker.visual.parameters(), *thinker.audio_tower.parameters()}
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    # Without the device's type, the mesh would take GPUs wherever there are any.
+    if hybrid and 1 < local < world:
+        mesh = init_device_mesh(device.type, (world // local, local), mesh_dim_names=("nodes", "local"))
+    else:
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("local",))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = dict(mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+    for layer in thinker.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(thinker, ignored_params=towers, **options)
+    for method in ("generate", "logprobs"):
+        register_fsdp_forward_method(thinker, method)
+
+
+@contextmanager
+def gathered(thinker: Thinker):
+    """Inside, weights that are sharded are whole on every process. All processes have to enter together."""
+    parts = [module for module in thinker.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+
+
+def rest_on_host(thinker: Thinker, device: torch.device) -> Callable:
+    """Moves a language model's weights to host memory -> awake.
+
+    Inside `with awake():` they are on the device.
+    """
+    # dict.fromkeys: tied weights are moved once.
+    weights = list(dict.fromkeys([*thinker.model.parameters(), *thinker.lm_head.parameters()]))
+    sizes = [p.numel() for p in weights]
+    memory = torch.empty(sum(sizes), dtype=thinker.dtype, pin_memory=device.type == "cuda")
+    at_rest = [part.view_as(p).copy_(p) for p, part in zip(weights, memory.split(sizes))]
+
+    def rest():
+        for p, copy in zip(weights, at_rest):
+            p.data = copy
+
+    @contextmanager
+    def awake():
+        for p, copy in zip(weights, at_rest):
+            p.data = copy.to(device, non_blocking=True)
+        try:
+            yield
+        finally:
+            rest()
+
+    rest()
+    return awake
+
+
+# ---- hanging ---------------------------------------------------------------------------------------
+@contextmanager
+def guard(watch, out: str, minutes: float, rank: int, world: int):
+    """Ends this process with one line when a phase of the `watch` lasts longer than `minutes`.
+
+    If one process hangs, all others wait silently. Each writes its phase to OUT/phases/RANK, so that the first
+    one to end, often the one that hangs, can say where the others are.
+    """
+    over = threading.Event()
+    folder = Path(out, "phases")
+
+    def look():
+        while not over.wait(min(10.0, 6 * minutes)):
+            phase = f"{watch.phase} of step {watch.step}"
+            # A full disk is no reason to stop here.
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / str(rank)).write_text(phase)
+            if time.perf_counter() - watch.last > 60 * minutes:
+                others = phases_of_others(folder, rank, world)
+                print(f"error: rank {rank} (of {world}) has been in {phase} for {minutes:g} minutes; "
+                      f"the others: {others}", file=sys.stderr, flush=True)
+                # No exception would reach the main thread while it waits in a collective.
+                os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def phases_of_others(folder: Path, rank: int, world: int) -> str:
+    """What the other processes last wrote of their phases."""
+    phases = []
+    for other in range(world):
+        # A process may have written nothing yet.
+        with suppress(OSError):
+            if other != rank:
+                phases.append(f"rank {other} {(folder / str(other)).read_text()}")
+    return ", ".join(phases) or "none"
