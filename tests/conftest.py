@@ -1,0 +1,79 @@
+"""Fixtures of several test files."""
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import find_benchmark  # noqa: E402
+from model import Thinker  # noqa: E402
+from tests.world import tiny_config, toy_systems, toy_tracker, write_miniature  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; left out by make test")
+
+
+@pytest.fixture(scope="session")
+def minis(tmp_path_factory):
+    """name -> root of a miniature of two videos a split; do not write there."""
+    out = tmp_path_factory.mktemp("mini")
+
+    def root(name):
+        benchmark = find_benchmark(name)
+        folder = out / benchmark.folder
+        if not folder.exists():
+            write_miniature(benchmark, folder)
+        return folder
+    return root
+
+
+@pytest.fixture
+def copy(minis, tmp_path):
+    """name -> root of a copy of one's own."""
+    def root(name):
+        return shutil.copytree(minis(name), tmp_path / find_benchmark(name).folder)
+    return root
+
+
+@pytest.fixture
+def data_root(minis):
+    """A data root with miniatures of all that can be trained on without pyarrow."""
+    for name in ("revos", "mevis", "refavs", "video_r1"):
+        root = minis(name)
+    return root.parent
+
+
+@pytest.fixture(scope="module")
+def systems():
+    return toy_systems()
+
+
+@pytest.fixture(scope="module")
+def tracker():
+    return toy_tracker()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """transformers' model with random weights, large enough that attention is not flat, and its directory."""
+    torch.manual_seed(0)
+    model = Qwen2_5OmniThinkerForConditionalGeneration(tiny_config()).eval()
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            std = 0.5 if "embed" in name else 1.5 * weight[0].numel() ** -0.5
+            torch.nn.init.normal_(weight, std=std)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.3)
+    model.path = tmp_path_factory.mktemp("reference")
+    model.save_pretrained(model.path)
+    return model
+
+
+@pytest.fixture
+def thinker(reference):
+    return Thinker.from_pretrained(reference.path)

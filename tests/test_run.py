@@ -1,0 +1,819 @@
+"""Runs of many processes that lose nothing: kills, full disks, time-outs, torchrun, checkpoints, memory."""
+import gc
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+import model as model_file
+import run.checkpoint
+import run.draw
+import train
+from benchmarks.toy import toy_clip
+from data import BadInput, Clip, Frames, Processor, frames_to_ground, prompt_inputs
+from model import Cache, Prompt, Thinker, read_config
+from rewards import reward_terms, total_rewards
+from run.checkpoint import only_one
+from run.draw import Source, hold_out, read_clip, take_items, training_sources
+from run.log import Watch
+from run.plan import memory_plan
+from run.settings import frame_range
+from segment import TOY_POLICY, ground, thinker_system2
+from tests.world import ROOT, settings_of
+
+TINY = ("--device cpu --threads 1 --workers 0 --dtype float32 --batch 2 --updates 1 --group 2 "
+        "--max_new_tokens 16 --consistency 0").split()
+# Seconds that a busy machine may take.
+PATIENCE = 600
+# The toy world's, built once: that takes as long as a run of a few steps.
+SOURCES = training_sources("toy", ".", {}, 0, (24, 24))
+
+
+# ---- processes that train --------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def server():
+    """Starts processes that have imported everything already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        context.Process(target=int).start()
+        return context
+
+
+def nothing_else(_):
+    pass
+
+
+def ready_sources(*arguments):
+    assert arguments == ("toy", ".", {}, 0, (24, 24))
+    return SOURCES
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves out of a run in this process what takes longer than its steps: sources, and drawing curves."""
+    monkeypatch.setattr(train, "training_sources", ready_sources)
+    monkeypatch.setattr(train, "plot", nothing_else)
+
+
+def trainer(rank, world, nodes, folder, runs, setup):
+    """A training process as torchrun would start it, for one run after another: runs are [(port, arguments)].
+
+    What it prints goes to FOLDER/RANK.txt. setup(rank) may patch the process before.
+    """
+    os.chdir(folder)
+    printed = os.open(f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    # No search for garbage among what the server has imported.
+    gc.freeze()
+    train.training_sources = ready_sources
+    train.plot = nothing_else
+    setup(rank)
+    for port, arguments in runs:
+        if world > 1:
+            set_torchrun_variables(rank, world, world // nodes, port)
+        train.main(arguments)
+
+
+def set_torchrun_variables(rank, world, local, port):
+    variables = dict(
+        RANK=rank,
+        WORLD_SIZE=world,
+        LOCAL_RANK=rank % local,
+        LOCAL_WORLD_SIZE=local,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+    )
+    for name, value in variables.items():
+        os.environ[name] = str(value)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(server, folder, *runs, world=1, nodes=1, setup=nothing_else):
+    """Starts `world` processes that train. runs: strings of settings, beside TINY."""
+    ports_and_arguments = [(free_port(), [*TINY, *arguments.split()]) for arguments in runs]
+    processes = []
+    for rank in range(world):
+        arguments = (rank, world, nodes, folder, ports_and_arguments, setup)
+        processes.append(server.Process(target=trainer, args=arguments, daemon=True))
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes, codes=None):
+    """Waits for processes to end with these exit codes; None: all with 0."""
+    for process in processes:
+        process.join(PATIENCE)
+    assert [process.exitcode for process in processes] == (codes or [0] * len(processes))
+
+
+def kill(processes):
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def wait_for(condition):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def children(pid):
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def torchrun(*options):
+    """The command that starts train.py by torchrun."""
+    return [sys.executable, "-m", "torch.distributed.run", *options, ROOT / "train.py", *TINY]
+
+
+# ---- what runs leave behind ------------------------------------------------------------------------
+def log_lines(folder, name):
+    log = folder / f"out/{name}/metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def checkpoints(folder, name):
+    return sorted(path.name for path in (folder / f"out/{name}").glob("step-*"))
+
+
+def outcome(folder, name):
+    """(rows of the log without what differs from run to run, bytes of the trained weights)"""
+    rows = []
+    with open(folder / f"out/{name}/metrics.jsonl") as file:
+        for line in file:
+            row = json.loads(line)
+            for column in ("seconds", "speed", "memory_gb"):
+                del row[column]
+            rows.append(row)
+    # No gaps, no step twice.
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return rows, (folder / f"out/{name}/policy/model.safetensors").read_bytes()
+
+
+def distance(weights, others):
+    """Euclidean distance of two sets of weights."""
+    total = 0.0
+    for name in weights:
+        total += ((weights[name].double() - others[name].double()) ** 2).sum()
+    return math.sqrt(total)
+
+
+def same_training(folder, name, other, tolerance=1e-4):
+    """Whether two runs are the same up to the order of summation: all numbers of the log, and where the
+    weights moved."""
+    rows, _ = outcome(folder, name)
+    other_rows, _ = outcome(folder, other)
+    for row, other_row in zip(rows, other_rows, strict=True):
+        assert row == pytest.approx(other_row, rel=tolerance, abs=2e-5)
+    before = load_file(Path(TOY_POLICY) / "model.safetensors")
+    after = load_file(folder / f"out/{name}/policy/model.safetensors")
+    other_after = load_file(folder / f"out/{other}/policy/model.safetensors")
+    moved = distance(after, before)
+    apart = distance(after, other_after)
+    assert moved > 0
+    assert apart < 10 * tolerance * moved
+
+
+# ---- kills and restarts ----------------------------------------------------------------------------
+SIX = "--steps 6 --save_every 3 --name"
+
+
+@pytest.fixture(scope="module")
+def straight(server, tmp_path_factory):
+    """A folder with six steps at one go, by 1 process (out/straight1) and by 2 (out/straight2)."""
+    folder = tmp_path_factory.mktemp("straight")
+    for world in (1, 2):
+        finish(start(server, folder, f"{SIX} straight{world}", world=world))
+    return folder
+
+
+def as_restarted(_):
+    """torchrun starts killed processes again with the same command, and says so."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_three_steps_a_kill_and_three_more_are_six_steps_bit_for_bit(server, straight, world):
+    name = f"killed{world}"
+    processes = start(server, straight, f"{SIX} {name}", world=world)
+    wait_for(lambda: log_lines(straight, name) > 4)
+    kill(processes)
+    assert not (straight / f"out/{name}/policy").exists()
+    again = f"{SIX} {name} --overwrite true"
+    finish(start(server, straight, again, world=world, setup=as_restarted))
+    assert f"continues at step 3 from out/{name}" in (straight / "0.txt").read_text()
+    assert outcome(straight, name) == outcome(straight, f"straight{world}")
+    same_training(straight, "straight1", name)
+
+
+def test_told_to_end_a_run_saves_and_goes_on_with_another_number_of_processes(server, straight):
+    processes = start(server, straight, "--steps 6 --name told", world=2)
+    wait_for(lambda: log_lines(straight, "told") > 1)
+    # One of them is enough.
+    os.kill(processes[1].pid, signal.SIGTERM)
+    finish(processes)
+    done = log_lines(straight, "told")
+    assert 2 <= done < 6
+    line = f"{done} steps are done and saved in out/told/step-{done:06d}"
+    assert line in (straight / "0.txt").read_text()
+    finish(start(server, straight, "--steps 6 --name told"))
+    same_training(straight, "straight1", "told")
+
+
+def die_while_saving(rank):
+    """Dies in the middle of the second checkpoint: its state is written, the rest has not got its name yet."""
+    save = run.checkpoint.dcp.save
+    times = itertools.count(1)
+
+    def save_and_die(*arguments, **options):
+        save(*arguments, **options)
+        if next(times) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    run.checkpoint.dcp.save = save_and_die
+
+
+def test_a_run_killed_at_any_moment_goes_on_from_a_complete_checkpoint(server, straight):
+    settings = "--steps 6 --save_every 1 --name moments"
+    finish(start(server, straight, settings, setup=die_while_saving), [-signal.SIGKILL])
+    assert (straight / "out/moments/step-000002.partial").exists()
+    processes = start(server, straight, settings)
+    wait_for(lambda: (straight / "out/moments/step-000003").exists())
+    time.sleep(random.random())
+    kill(processes)
+    finish(start(server, straight, settings))
+    # --keep is 2.
+    assert checkpoints(straight, "moments") == ["step-000005", "step-000006"]
+    assert outcome(straight, "moments") == outcome(straight, "straight1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_killed_at_twenty_random_moments(server, straight, world):
+    name = f"twenty{world}"
+    settings = f"--steps 6 --save_every 1 --name {name}"
+    rng = random.Random(world)
+    kills = 0
+    partial = 0
+    while kills < 20:
+        processes = start(server, straight, settings, world=world)
+        processes[0].join(rng.uniform(1.5, 6.0))
+        if processes[0].exitcode == 0:
+            # It got to the end: once more from the start.
+            finish(processes)
+            assert outcome(straight, name) == outcome(straight, f"straight{world}")
+            shutil.rmtree(straight / f"out/{name}")
+            continue
+        kill(processes)
+        kills += 1
+        partial += any((straight / f"out/{name}").glob("*.partial"))
+    finish(start(server, straight, settings, world=world))
+    assert outcome(straight, name) == outcome(straight, f"straight{world}")
+    print(f"{partial} of 20 kills fell into the writing of a checkpoint")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_torchrun_restarts_a_killed_worker(straight, world):
+    name = f"restarted{world}"
+    options = ["--nproc_per_node", str(world), "--master_port", str(free_port()), "--max_restarts", "3"]
+    command = [*torchrun(*options), *SIX.split(), name, "--overwrite", "true"]
+    with open(straight / "torchrun.txt", "w") as printed:
+        launcher = subprocess.Popen(command, cwd=straight, stdout=printed, stderr=printed)
+    wait_for(lambda: log_lines(straight, name) > 3)
+    os.kill(children(launcher.pid)[-1], signal.SIGKILL)
+    assert launcher.wait(PATIENCE) == 0
+    assert "continues at step 3" in (straight / "torchrun.txt").read_text()
+    assert outcome(straight, name) == outcome(straight, f"straight{world}")
+
+
+# ---- full disks ------------------------------------------------------------------------------------
+def small_files(rank):
+    """The last process's files may not grow beyond 2 MB, as if its disk were full."""
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+
+
+# Too small for weights and state, too small for the state only.
+@pytest.mark.parametrize("limit", [2_000_000, pytest.param(7_000_000, marks=pytest.mark.slow)])
+def test_a_full_disk_leaves_the_old_checkpoint(limit, tmp_path, monkeypatch, capfd, quick):
+    monkeypatch.chdir(tmp_path)
+    command = [*TINY, "--batch", "1", "--name", "full", "--save_every", "1", "--steps"]
+    train.main([*command, "1"])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train.main([*command, "2"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert stop.value.code == 1
+    (line,) = re.findall("error: .*", capfd.readouterr().err)
+    assert re.search("cannot save out/full/step-000002, where .* GB are free: ", line)
+    folders = {path.name for path in (tmp_path / "out/full").iterdir() if path.is_dir()}
+    assert folders - {"phases"} == {"policy", "step-000001"}
+    train.main([*command, "2"])
+    assert "continues at step 1 from out/full/step-000001" in capfd.readouterr().out
+    assert len(outcome(tmp_path, "full")[0]) == 2
+
+
+def test_one_full_disk_ends_all_processes(server, straight):
+    settings = "--steps 2 --save_every 1 --name fuller"
+    finish(start(server, straight, settings, world=2, setup=small_files), [1, 1])
+    line = "error: cannot save out/fuller/step-000001, where .* GB are free: "
+    assert len(re.findall(line, (straight / "0.txt").read_text())) == 1
+    assert not re.findall(line, (straight / "1.txt").read_text())
+    assert not list((straight / "out/fuller").glob("*-*"))
+
+
+# ---- other runs of a name --------------------------------------------------------------------------
+@pytest.mark.parametrize("more, line", [
+    ("--lr 0.5 --kl k1", "--lr 0.0007 -> 0.5, --kl k3 -> k1"),
+    ("--resume never", "out/straight1/metrics.jsonl"),
+])
+def test_another_run_is_not_continued(straight, monkeypatch, capsys, more, line):
+    monkeypatch.chdir(straight)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, *SIX.split(), "straight1", *more.split()])
+    assert stop.value.code == 2
+    assert line in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_repeated(straight, monkeypatch, capsys):
+    monkeypatch.chdir(straight)
+    train.main([*TINY, *SIX.split(), "straight1", "--keep", "5", "--steps", "4"])
+    assert "out/straight1 is finished: 6 steps" in capsys.readouterr().out
+
+
+def test_a_finished_run_goes_on_with_more_steps_and_a_damaged_checkpoint_is_named(
+        straight, tmp_path, monkeypatch, capsys, quick):
+    shutil.copytree(straight / "out/straight1", tmp_path / "out/more")
+    monkeypatch.chdir(tmp_path)
+    command = [*TINY, "--name", "more", "--steps"]
+    train.main([*command, "7"])
+    assert "continues at step 6 from out/more/step-000006" in capsys.readouterr().out
+    assert log_lines(tmp_path, "more") == 7
+
+    checkpoint = tmp_path / "out/more/step-000007"
+    (state,) = (checkpoint / "state").glob("*.distcp")
+    state.write_bytes(state.read_bytes()[:100])
+    for damage in (nothing_else, shutil.rmtree):
+        damage(checkpoint / "state")
+        with pytest.raises(SystemExit) as stop:
+            train.main([*command, "8"])
+        assert stop.value.code == 2
+        assert "step-000007/state is damaged or incomplete; once" in capsys.readouterr().err
+    # As the message advises.
+    shutil.rmtree(checkpoint)
+    train.main([*command, "8"])
+    assert "continues at step 6 from out/more/step-000006" in capsys.readouterr().out
+    assert outcome(tmp_path, "more")[0][-1]["step"] == 7
+
+
+def test_two_runs_of_one_name_do_not_meet(tmp_path):
+    with only_one(tmp_path):
+        with pytest.raises(BadInput, match="another process is writing to"):
+            only_one(tmp_path)
+    only_one(tmp_path).close()
+
+
+# ---- workers that die ------------------------------------------------------------------------------
+DEATH = r"error: a worker that reads clips has died \(.+\); the same command continues from the newest .*"
+
+
+def test_a_killed_worker_ends_the_run(tmp_path):
+    """Its other workers must not keep the process alive: nobody would start it again."""
+    more = ["--workers", "2", "--name", "workers", "--steps", "500"]
+    command = [sys.executable, ROOT / "train.py", *TINY, *more]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)
+    wait_for(lambda: log_lines(tmp_path, "workers") > 1)
+    os.kill(max(children(process.pid)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert re.search(DEATH, errors)
+    assert "Traceback" not in errors
+
+
+class Deadly:
+    """Items of which number 3 ends its worker by `end`."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, i):
+        if i == 3:
+            self.end()
+        return torch.tensor(i)
+
+
+def kill_oneself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave():
+    """Exit code 0, which the loader takes for no failure."""
+    os._exit(0)
+
+
+def stumble():
+    raise ConnectionResetError("of an item itself")
+
+
+def items_of(end):
+    loader = DataLoader(Deadly(end), batch_size=None, num_workers=2)
+    return take_items(iter(loader))
+
+
+@pytest.fixture
+def child_handler():
+    """Lets the next loader set its own handler of SIGCHLD; ends its workers afterwards."""
+    handling = torch.utils.data._utils.signal_handling
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    was_set = handling._SIGCHLD_handler_set
+    handling._SIGCHLD_handler_set = False
+    yield
+    signal.signal(signal.SIGCHLD, before)
+    handling._SIGCHLD_handler_set = was_set
+    kill(multiprocessing.active_children())
+
+
+def test_without_workers_errors_stay_as_they_are():
+    def items():
+        yield 1
+        raise OSError("a disk")
+
+    with pytest.raises(OSError, match="a disk"):
+        list(take_items(items()))
+
+
+@pytest.mark.parametrize("end", [kill_oneself, leave])
+def test_the_death_of_a_worker_is_one_line(child_handler, end):
+    with pytest.raises(SystemExit, match=DEATH):
+        list(items_of(end))
+
+
+def test_a_worker_may_die_while_others_work(child_handler):
+    """The loader's handler raises at any place."""
+    items = items_of(nothing_else)
+    next(items)
+    os.kill(max(child.pid for child in multiprocessing.active_children()), signal.SIGKILL)
+    with pytest.raises(SystemExit, match=DEATH):
+        time.sleep(PATIENCE)
+
+
+def test_an_error_of_an_item_is_no_death(child_handler):
+    with pytest.raises(ConnectionResetError, match="of an item itself"):
+        list(items_of(stumble))
+
+
+@pytest.mark.parametrize("error", [
+    ConnectionResetError(104, "Connection reset by peer"),
+    FileNotFoundError("/tmp/pymp-1/listener-2"),
+    EOFError(),
+    RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+])
+def test_an_item_is_lost_a_moment_before_its_worker_counts_as_dead(error):
+    """The sockets of a dying process close before the process ends."""
+    def items():
+        yield 1
+        raise error
+
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.3,))
+    worker.start()
+    taken = take_items(items())
+    assert next(taken) == 1
+    with pytest.raises(SystemExit, match=DEATH):
+        next(taken)
+    worker.join()
+
+
+# ---- hanging ---------------------------------------------------------------------------------------
+def hang(rank):
+    """The second process hangs in the second step's data, as if since half a minute, until others wait."""
+    watch = Watch()
+    train.Watch = lambda: watch
+    read = run.draw.TrainingItems.__getitem__
+    other = Path("out/hung/phases/0")
+
+    def read_or_hang(items, i):
+        # Two a step, every other one is its.
+        if i == 3:
+            wait_for(lambda: other.exists() and other.read_text() == "rollout of step 1")
+            watch.last -= 30
+            time.sleep(PATIENCE)
+        return read(items, i)
+    run.draw.TrainingItems.__getitem__ = read_or_hang
+
+
+def test_a_time_out_names_process_and_phase(server, straight):
+    settings = "--steps 2 --timeout_minutes 0.5 --name hung"
+    finish(start(server, straight, settings, world=2, setup=hang), [1, 1])
+    line = ("rank 1 (of 2) has been in data of step 1 for 0.5 minutes; "
+            "the others: rank 0 rollout of step 1")
+    assert line in (straight / "1.txt").read_text()
+
+
+# ---- any number of processes -----------------------------------------------------------------------
+@pytest.mark.slow
+def test_two_nodes_of_two_processes_each(server, straight):
+    settings = "--steps 3 --batch 4 --lr 1e-4 --name"
+    endpoint = f"127.0.0.1:{free_port()}"
+    options = ["--nnodes", "2", "--nproc_per_node", "2"]
+    options += ["--rdzv_backend", "c10d", "--rdzv_id", "nodes", "--rdzv_endpoint", endpoint]
+    command = [*torchrun(*options), *settings.split(), "nodes"]
+    nodes = [subprocess.Popen(command, cwd=straight, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [node.wait(PATIENCE) for node in nodes] == [0, 0]
+    finish(start(server, straight, f"{settings} node"))
+    same_training(straight, "node", "nodes")
+
+
+def mixed_sources(*_):
+    """Eight clips, every other one without sound, one of them broken: each step draws all of them."""
+    def read(item, rng):
+        if item == 5:
+            raise BadInput("broken on purpose")
+        clip = toy_clip("train", item)
+        return replace(clip, sound=None) if item % 2 else clip
+    return (Source("vos", range(8), read),), []
+
+
+def use_mixed_sources(rank):
+    train.training_sources = mixed_sources
+
+
+# name: (processes, nodes)
+SHAPES = dict(one=(1, 1), two=(2, 1), four=(4, 1), nodes=(4, 2))
+FLAT = [
+    "--accumulate 2 --updates 2 --ratio sequence --average token --kl k2 --skip_equal true",
+    "--lora_rank 4 --lr 1e-3 --accumulate 2",
+]
+NODES = ["--average constant --scale_by_std false"]
+ALL = [
+    "",
+    "--accumulate 2",
+    "--updates 2",
+    "--updates 2 --ratio sequence",
+    "--average token",
+    "--average constant",
+    "--kl k1",
+    "--kl k2",
+    "--scale_by_std false",
+    "--skip_equal true",
+    "--skip_equal true --average token --accumulate 2",
+    "--accumulate 2 --updates 2 --average token --clip_high 0.28 --skip_equal true",
+    "--beta 0 --updates 2",
+    "--batch 8",
+]
+
+
+@pytest.mark.parametrize("names, variants", [
+    pytest.param("one two four", FLAT, id="flat"),
+    pytest.param("one nodes", NODES, id="nodes"),
+    pytest.param("one two four nodes", ALL, id="all", marks=pytest.mark.slow),
+])
+def test_any_number_of_processes_trains_alike(server, tmp_path, names, variants):
+    names = names.split()
+    settings = "--steps 3 --batch 4 --lr 1e-4 --max_new_tokens 24"
+    for name in names:
+        world, nodes = SHAPES[name]
+        runs = [f"{settings} {variant} --name {name}{i}" for i, variant in enumerate(variants)]
+        finish(start(server, tmp_path, *runs, world=world, nodes=nodes, setup=use_mixed_sources))
+    steps = []
+    for i in range(len(variants)):
+        for name in names[1:]:
+            same_training(tmp_path, f"one{i}", f"{name}{i}")
+        steps += outcome(tmp_path, f"one{i}")[0]
+    assert any(row["broken"] for row in steps)
+    assert any(0 < row["equal_groups"] < 1 for row in steps)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_where_the_reference_rests_changes_nothing(server, tmp_path, world):
+    places = ("device", "shard", "host")
+    settings = "--steps 2 --batch 2 --lr 1e-3 --updates 2 --max_new_tokens 24"
+    runs = [f"{settings} --reference {place} --name {place}" for place in places]
+    finish(start(server, tmp_path, *runs, world=world))
+    device, shard, host = (outcome(tmp_path, place) for place in places)
+    assert device == shard
+    assert device == host
+    rows, _ = device
+    assert rows[1]["kl"] > 0
+
+
+# ---- validation ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_best_checkpoint_by_validation_stays(server, tmp_path, world):
+    arguments = "--steps 5 --lr 0.02 --max_new_tokens 48 --save_every 1 --keep 1 --validate 3 --name best"
+    finish(start(server, tmp_path, arguments, world=world))
+    rows, _ = outcome(tmp_path, "best")
+    scores = [row["validation"] for row in rows]
+    assert len(set(scores)) > 1
+    best = 1 + scores.index(max(scores))
+    assert checkpoints(tmp_path, "best") == [f"step-{step:06d}" for step in sorted({5, best})]
+    # The older of the two.
+    step = min(5, best)
+    policy = tmp_path / f"out/best/step-{step:06d}"
+    settings = settings_of(*TINY, "--max_new_tokens", 48, "--validate", 3, "--policy", policy)
+    assert validation_by_hand(settings) == pytest.approx(scores[step - 1], abs=1e-4)
+
+
+def validation_by_hand(settings):
+    """Mean reward of a saved policy's greedy answers to the clips that are left out of training."""
+    sources, _ = training_sources(settings.data, ".", {}, 0, frame_range(settings.frames))
+    left, validation_items = hold_out(sources, 3, 0)
+    assert len(validation_items) == 3
+    videos = [item[0].video for _, item in validation_items]
+    left_videos = {item[0].video for item in left[0].items}
+    assert not left_videos & set(videos)
+    assert len(left_videos) == len(left[0].items) == 100_000 - 3
+
+    policy = Thinker.from_pretrained(settings.policy)
+    processor = Processor(TOY_POLICY)
+    system2 = thinker_system2(Thinker.from_pretrained(TOY_POLICY), processor)
+    rewards = []
+    for k, (source, item) in enumerate(validation_items):
+        clip = read_clip(source, item, np.random.default_rng([0, k]))
+        prompts = policy.embed([prompt_inputs(processor, clip, np.random.default_rng([0, k]))])
+        drawn = policy.generate(prompts, 1, settings.max_new_tokens, eos_ids=processor.eos_ids,
+                                temperature=0.0)
+        ids = drawn[0][0]
+        text = processor.decode(ids)
+        ((boxes,),) = ground(system2, [clip], [[frames_to_ground(clip, text)]])
+        terms = reward_terms(clip, (1, 1), text, boxes, None)
+        rewards += list(total_rewards([terms], [len(ids)], settings))
+    return np.mean(rewards)
+
+
+def numbers(task, count, start=0):
+    """A source whose items are numbers and whose clips are named after them."""
+    picture = Frames([Image.new("RGB", (8, 8))].__getitem__, [0])
+
+    def read(item, rng):
+        return Clip(str(item), picture, "", task=task)
+    return Source(task, range(start, start + count), read)
+
+
+def test_clips_are_held_out_of_every_source_and_never_all():
+    sources = (numbers("vos", 7), numbers("avs", 3, 100))
+    left, validation_items = hold_out(sources, 6, 1)
+    names = []
+    for source in left:
+        names += source.items
+    assert len(names) == 4
+    names += [item for _, item in validation_items]
+    assert sorted(names) == [*range(7), 100, 101, 102]
+    for source, item in validation_items:
+        assert item in source.items
+    assert hold_out(sources, 0, 1) == (sources, [])
+    with pytest.raises(BadInput, match="--validate 10"):
+        hold_out(sources, 10, 1)
+
+
+# ---- the memory plan -------------------------------------------------------------------------------
+class Peak(TorchDispatchMode):
+    """`most`: bytes of all tensors that are alive at once, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = {}
+        self.now = 0
+        self.most = 0
+
+    def forget(self, key):
+        self.now -= self.alive.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.remember(x.untyped_storage())
+        return out
+
+    def remember(self, storage):
+        key = storage._cdata
+        if key in self.alive:
+            return
+        self.alive[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.forget, key)
+
+
+# Tokens of a prompt, completions, tokens of each.
+P, G, C = 1025, 4, 64
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Settings of a step of the shape `small`."""
+    return settings_of(
+        "--policy", ROOT / "speed/shapes/small", "--dtype", "float32", "--batch", 1, "--checkpointing",
+        "--group", G, "--max_new_tokens", C, "--prompt_tokens", P - 1)
+
+
+@pytest.fixture(scope="module")
+def small_thinker(small):
+    return Thinker(read_config(Path(small.policy)))
+
+
+def test_the_plan_knows_weights_optimizer_and_cache(small, small_thinker):
+    plan = memory_plan(small, 1)
+    optimizer = train.start_optimizer(small_thinker, small)
+    expected = 0
+    for p in small_thinker.parameters():
+        if p.requires_grad:
+            # The weight and its gradient, float32.
+            expected += 2 * 4 * p.numel()
+    for state in optimizer.state.values():
+        for x in state.values():
+            # But the count of steps.
+            if x.ndim:
+                expected += 4 * x.numel()
+    assert plan["update"]["weights, gradients, AdamW"] == expected
+    cache = Cache([P - 1], G, C, small_thinker.config.text_config, like=torch.empty(0))
+    assert plan["rollout"]["cache"] == cache.prefix.nbytes + cache.own.nbytes
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_plan_knows_the_activations_of_the_update(small, small_thinker, monkeypatch, checkpointing):
+    # A kind of tensor that cannot be watched.
+    monkeypatch.setattr(model_file, "causal_lower_right", lambda *_: None)
+    thinker = small_thinker
+    media = torch.zeros(1, thinker.config.text_config.hidden_size)
+    ids = torch.zeros(P, dtype=torch.long)
+    positions = torch.zeros(3, P, dtype=torch.long)
+    prompt = Prompt(ids, positions, torch.tensor([0]), media)
+    completions = torch.zeros(G, C, dtype=torch.long)
+    # A pass that makes no gradient but the first layer's.
+    for p in thinker.parameters():
+        monkeypatch.setattr(p, "requires_grad", False)
+    thinker.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    weights = 0
+    for part in (thinker.model.layers, thinker.lm_head, thinker.model.norm):
+        weights += sum(p.nbytes for p in part.parameters())
+
+    thinker.gradient_checkpointing = checkpointing
+    plan = memory_plan(replace(small, checkpointing=checkpointing), 1)["update"]
+    planned = plan["kept of all layers"] + plan["a layer, or logits"]
+    with Peak() as peak:
+        thinker.logprobs(prompt, completions)[0].sum().backward()
+    assert 0.85 * planned < peak.most - weights < 1.15 * planned
+
+
+@pytest.mark.parametrize("arguments, fits", [
+    ("--policy speed/shapes/7b --nproc 8", "fits 80 GB 141 GB"),
+    ("--policy speed/shapes/7b --nproc 1", "fits no device"),
+    ("--policy speed/shapes/3b --nproc 1,8", "fits 40 GB 48 GB 80 GB"),
+])
+def test_the_plan_is_printed_without_weights_or_gpu(monkeypatch, capsys, arguments, fits):
+    monkeypatch.chdir(ROOT)
+    train.main(["--plan", "--sam2_weights", "sam2.1_hiera_large.pt", *arguments.split()])
+    assert fits in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, named", [("--policy nowhere", "nowhere"), ("--nproc 8,x", "8,x")])
+def test_a_plan_that_cannot_be_made_names_why(monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--plan", "--sam2_weights", "sam2.1_hiera_large.pt", *arguments.split()])
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err

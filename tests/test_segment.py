@@ -1,0 +1,777 @@
+"""segment.py: who grounds, SAM2 against its own video predictor, both systems on clips, the program.
+
+Letters: N objects of a clip, G completions, T frames, H W pixels.
+"""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sam2 import sam2_video_predictor
+
+import segment as segment_program
+from benchmarks.toy import toy_clip, toy_scene
+from data import BadInput, Clip, Frames, Processor, grounding_prompt, parse_boxes
+from model import Thinker
+from rewards import box_iou, mask_box
+from segment import (
+    TOY_POLICY,
+    TOY_SAM2,
+    FrameFeatures,
+    Tracker,
+    build_sam2,
+    find_config,
+    ground,
+    load_system2,
+    plugged,
+    segment,
+    thinker_system2,
+    to_source,
+    track_groups,
+)
+from tests.world import ROOT, naming
+
+RED = "red circle"
+BLUE = "blue circle"
+
+
+def blank(width=40, height=30):
+    return Image.new("RGB", (width, height))
+
+
+def refuse(*_):
+    raise AssertionError("not wanted")
+
+
+def watch_prompts(thinker, monkeypatch):
+    """A list that gets the number of prompts of every call of generate."""
+    asked = []
+    generate = thinker.generate
+
+    def watched(prompts, *arguments, **options):
+        asked.append(len(prompts))
+        return generate(prompts, *arguments, **options)
+
+    monkeypatch.setattr(thinker, "generate", watched)
+    return asked
+
+
+def says(text, processor):
+    """Stands for a Thinker that gives one answer to everything."""
+    def generate(prompts, n, max_new_tokens, **_):
+        ids = processor.encode_text(text)
+        group = [ids[:max_new_tokens]] * n
+        return [group for _ in prompts]
+    return SimpleNamespace(embed=list, generate=generate)
+
+
+# ---- a file that grounds ---------------------------------------------------------------------------
+LEFT_HALF = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Thing:
+    part: int
+
+def boxes(image, description):
+    box = [0, 0, image.width // Thing(2).part, image.height - 1.0]
+    return [box] * len(description.split())
+"""
+
+
+def grounder(tmp_path, source, name="mine.py"):
+    """The path of a file with this source."""
+    path = tmp_path / name
+    path.write_text(source)
+    return str(path)
+
+
+def test_any_file_can_ground(tmp_path):
+    system2 = plugged(grounder(tmp_path, LEFT_HALF, "left half.py"))
+    pictures = [blank(), blank(), blank(80, 20)]
+    dogs, nothing, cat = system2(pictures, ["two dogs", "", "cat"])
+    assert dogs == [(0.0, 0.0, 20.0, 29.0)] * 2
+    assert nothing == []
+    assert cat == [(0.0, 0.0, 40.0, 19.0)]
+    for value in dogs[0]:
+        assert type(value) is float
+
+
+def test_boxes_of_a_file_stay_in_the_picture(tmp_path):
+    path = grounder(tmp_path, "def boxes(image, description):\n    return [(-5, 2, 99, 31)]\n")
+    boxes, = plugged(path)([blank()], ["dog"])
+    assert boxes == [(0.0, 2.0, 39.0, 29.0)]
+
+
+NO_BOXES = [
+    "None",
+    "3",
+    "'a'",
+    "[(1, 2, 3)]",
+    "[(5, 2, 1, 4)]",
+    "[1, 2, 3, 4]",
+    "[(0, 0, 1, float('nan'))]",
+]
+
+
+@pytest.mark.parametrize("result", NO_BOXES)
+def test_what_a_plugged_function_returns_is_checked(tmp_path, result):
+    path = grounder(tmp_path, f"def boxes(image, description):\n    return {result}\n")
+    message = r"boxes\(\) of .*mine.py returned .*, not a list of \(x1, y1, x2, y2\)"
+    with pytest.raises(TypeError, match=message):
+        plugged(path)([blank()], ["dog"])
+
+
+def test_what_cannot_be_plugged_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file of a grounder: .*none.py"):
+        plugged(str(tmp_path / "none.py"))
+    other = grounder(tmp_path, "def ground(): pass\n")
+    with pytest.raises(BadInput, match=r"no function boxes\(image, description\) in: .*mine.py"):
+        plugged(other)
+    text = grounder(tmp_path, "", "mine.txt")
+    with pytest.raises(BadInput, match="not a Python file: .*mine.txt"):
+        plugged(text)
+
+
+# ---- the names of System 2 -------------------------------------------------------------------------
+def by_name(name, systems, dtype=torch.float32, device="cpu"):
+    return load_system2(name, systems.policy, systems.processor, dtype, device)
+
+
+def test_the_policy_grounds(systems, monkeypatch):
+    asked = watch_prompts(systems.policy, monkeypatch)
+    pictures = [toy_clip("test", 0).frames[0]]
+    boxes = by_name("policy", systems)(pictures, [RED])
+    # The policy itself is asked, not a copy of it.
+    assert asked == [1]
+    assert boxes == systems.system2(pictures, [RED])
+
+
+def test_another_thinker_grounds(systems, monkeypatch):
+    asked = watch_prompts(systems.policy, monkeypatch)
+    pictures = [toy_clip("test", 0).frames[0]]
+    boxes = by_name(f"reference {TOY_POLICY}", systems)(pictures, [RED])
+    assert asked == []
+    assert boxes == systems.system2(pictures, [RED])
+
+
+def test_another_thinker_is_loaded_as_the_policy_is(systems, monkeypatch):
+    loaded = []
+
+    def from_pretrained(*arguments):
+        loaded.append(arguments)
+
+    monkeypatch.setattr(Thinker, "from_pretrained", from_pretrained)
+    by_name("reference some where", systems, torch.bfloat16, "cuda:1")
+    assert loaded == [("some where", torch.bfloat16, "cuda:1")]
+
+
+def test_a_file_grounds(systems, monkeypatch, tmp_path):
+    asked = watch_prompts(systems.policy, monkeypatch)
+    system2 = by_name(grounder(tmp_path, LEFT_HALF), systems)
+    boxes, = system2([blank()], ["dog"])
+    assert boxes == [(0.0, 0.0, 20.0, 29.0)]
+    assert asked == []
+
+
+@pytest.mark.parametrize("name", ["somebody", "", "reference", "policy DIR", "Policy"])
+def test_other_names_of_system2_are_refused(systems, name):
+    with pytest.raises(BadInput) as caught:
+        by_name(name, systems)
+    assert str(caught.value) == f"--system2 {name}: must be policy, reference DIR, or FILE.py"
+
+
+def test_a_system2_that_is_missing_is_named(systems, tmp_path):
+    missing = tmp_path / "nowhere"
+    for name in (f"reference {missing}", f"{missing}.py"):
+        with naming(missing, FileNotFoundError):
+            by_name(name, systems)
+
+
+# ---- grounding -------------------------------------------------------------------------------------
+def numbered_clip(name, read):
+    """Four frames of one colour each. `read` gets (name, t) of those that are read."""
+    def picture(t):
+        read.append((name, t))
+        return Image.new("RGB", (16, 16), f"rgb({t}, {t}, {t})")
+    return Clip(name, Frames(picture, range(4)), "it")
+
+
+def test_equal_requests_are_asked_once():
+    calls = []
+
+    def system2(pictures, descriptions):
+        calls.append((pictures, descriptions))
+        # Any function will do: its answers are not looked into.
+        return [f"answer {i}" for i in range(len(pictures))]
+
+    read = []
+    clips = [numbered_clip("a", read), numbered_clip("b", read)]
+    # A clip has looked for its size.
+    read.clear()
+    of_a = [{0: RED}, {3: BLUE, 0: RED}, {}, {0: BLUE}]
+    of_b = [{0: RED}, {}, {0: RED}]
+    boxes_of_a, boxes_of_b = ground(system2, clips, [of_a, of_b])
+
+    (pictures, descriptions), = calls
+    assert descriptions == [RED, BLUE, BLUE, RED]
+    levels = [picture.getpixel((0, 0)) for picture in pictures]
+    assert levels == [(0, 0, 0), (3, 3, 3), (0, 0, 0), (0, 0, 0)]
+    # Requests of one frame share the picture, which is read once.
+    assert pictures[0] is pictures[2]
+    assert pictures[0] is not pictures[3]
+    assert read == [("a", 0), ("a", 3), ("b", 0)]
+    assert boxes_of_a[0] == {0: "answer 0"}
+    assert boxes_of_a[1] == {3: "answer 1", 0: "answer 0"}
+    assert boxes_of_a[2:] == [{}, {0: "answer 2"}]
+    assert boxes_of_b == [{0: "answer 3"}, {}, {0: "answer 3"}]
+    # In the order in which the completion names its frames.
+    assert list(boxes_of_a[1]) == [3, 0]
+
+
+def test_nobody_is_asked_for_nothing():
+    clips = [toy_clip("test", 0), toy_clip("test", 1)]
+    nothing = [[{}, {}], []]
+    assert ground(refuse, clips, nothing) == nothing
+
+
+def test_shipped_thinker_grounds_visible_things_by_name(systems):
+    rng = np.random.default_rng(1)
+    clips = []
+    chosen = []
+    true = []
+    for index in range(1000, 1040):
+        scene = toy_scene("test", index)
+        clip = toy_clip("test", index)
+        t = int(rng.integers(len(scene.pictures)))
+        masks = scene.masks[:, t]
+        for thing, mask in zip(scene.things, masks):
+            if mask.sum() >= 30:
+                clips.append(clip)
+                chosen.append([{t: thing.name}])
+                true.append(mask_box(mask))
+    grounded = ground(systems.system2, clips, chosen)
+    ious = []
+    for (frames,), box in zip(grounded, true):
+        boxes, = frames.values()
+        iou = 0
+        if boxes:
+            iou = box_iou(boxes, [box])[0, 0]
+        ious.append(iou)
+    assert np.mean(ious) >= 0.8
+
+
+def test_a_thinker_answers_each_of_the_equal_questions(systems, monkeypatch):
+    generate = systems.policy.generate
+    asked = watch_prompts(systems.policy, monkeypatch)
+    clips = [toy_clip("test", 0), toy_clip("test", 1)]
+    of_first = [{0: RED}, {0: RED, 3: BLUE}, {}]
+    of_second = [{0: RED}, {}, {}]
+    boxes_of_first, boxes_of_second = ground(systems.system2, clips, [of_first, of_second])
+    assert asked == [3]
+    assert [list(frames) for frames in boxes_of_first] == [[0], [0, 3], []]
+    assert [list(frames) for frames in boxes_of_second] == [[0], [], []]
+    one, both, _ = boxes_of_first
+    assert one[0] == both[0]
+
+    processor = systems.processor
+    alone = processor.image_inputs(grounding_prompt(BLUE), clips[0].frames[3])
+    prompts = systems.policy.embed([alone])
+    group, = generate(prompts, 1, 128, eos_ids=processor.eos_ids, temperature=0.0)
+    assert both[3] == parse_boxes(processor.decode(group[0]))
+
+
+def test_a_thinker_sees_a_picture_once_whatever_is_asked(systems, monkeypatch):
+    patches = []
+    embed = systems.policy.embed
+
+    def watched(inputs):
+        patches.extend(item.patches for item in inputs)
+        return embed(inputs)
+
+    monkeypatch.setattr(systems.policy, "embed", watched)
+    first = toy_clip("test", 0).frames[0]
+    second = toy_clip("test", 1).frames[0]
+    boxes = systems.system2([first, second, first], [RED, RED, BLUE])
+    assert patches[0] is patches[2]
+    assert patches[0] is not patches[1]
+    alone = systems.system2([first], [BLUE])
+    assert boxes[2] == alone[0]
+
+
+def test_boxes_are_mapped_back_with_their_own_scale_and_stay_in_the_picture():
+    size = (100, 200)
+    box = to_source((10, 20, 30, 40), (2.0, 3.0), size)
+    assert box == (20, 60, 60, 99)
+    box = to_source((-5, 0, 1e6, 10), (1.0, 1.0), size)
+    assert box == (0, 0, 199, 10)
+
+
+def test_boxes_of_a_thinker_are_mapped_to_source_pixels(systems):
+    thinker = says('[{"bbox_2d": [10, 20, 30, 40]}, {"bbox_2d": [100, 0, 128, 128]}]', systems.processor)
+    system2 = thinker_system2(thinker, systems.processor)
+    # At most 64 tokens of 16 x 16 pixels: the first is shown at half its size, the second as it is.
+    pictures = [blank(256, 256), blank(128, 128)]
+    halved, whole = system2(pictures, [RED, RED])
+    assert halved == [(20, 40, 60, 80), (200, 0, 255, 255)]
+    assert whole == [(10, 20, 30, 40), (100, 0, 127, 127)]
+
+
+# ---- SAM2 against its own predictor ----------------------------------------------------------------
+SAM2 = (str(ROOT / "toy/sam2/config.yaml"), TOY_SAM2)
+
+# For each object where it is prompted: (thing of the scene, frame). The thing does not matter here, but how
+# often and when.
+PROMPTS = [
+    [(0, 0)],
+    [(0, 3)],
+    [(1, 3)],
+    [(1, 7)],
+    [(0, 2), (0, 5)],
+    [(1, 0), (1, 6)],
+    [(0, 1), (1, 4), (0, 6)],
+]
+
+
+def toy_prompts(index, split="test", T=8):
+    """A held-out scene's frames and objects {frame: (x1, y1, x2, y2) in pixels}, prompted early, late and
+    several times. Boxes of empty masks are guesses."""
+    scene = toy_scene(split, index)
+    pictures = scene.pictures[:T]
+    objects = []
+    for prompts in PROMPTS:
+        boxes = {}
+        for thing, t in prompts:
+            ys, xs = np.nonzero(scene.masks[thing, t])
+            boxes[t] = (30.5, 40, 61, 70.25)
+            if len(xs):
+                boxes[t] = (xs.min(), ys.min(), xs.max(), ys.max())
+        objects.append(boxes)
+    pictures = [Image.fromarray(pixels) for pixels in pictures]
+    frames = Frames(pictures.__getitem__, range(len(pictures)))
+    return frames, objects
+
+
+def stretched(objects, x=1.0, y=1.0):
+    """Objects with scaled boxes, as arrays."""
+    scaled = []
+    for boxes in objects:
+        scaled.append({t: np.array(box) * (x, y, x, y) for t, box in boxes.items()})
+    return scaled
+
+
+def widened(frames, objects):
+    """Frames of 320 x 192 pixels in place of 128 x 128, and the objects on them."""
+    pictures = [frames[t].resize((320, 192)) for t in range(len(frames))]
+    wide = Frames(pictures.__getitem__, range(len(frames)))
+    return wide, stretched(objects, 2.5, 1.5)
+
+
+def predictor_logits(model, frames, objects, folder, monkeypatch):
+    """Slow twin: SAM2's own video predictor, one object after the other -> [N, T, H, W]."""
+    for t in range(len(frames)):
+        # It insists on the name, not on the format.
+        frames[t].save(folder / f"{t:05d}.jpg", format="png")
+    # It rounds memories to bf16 and then counts on autocast. Both ways are compared in float32 here.
+    in_float32 = SimpleNamespace(**{**vars(torch), "bfloat16": torch.float32})
+    monkeypatch.setattr(sam2_video_predictor, "torch", in_float32)
+    state = model.init_state(str(folder))
+    for n, boxes in enumerate(objects):
+        for t, box in boxes.items():
+            box = np.array(box, np.float32)
+            model.add_new_points_or_box(state, frame_idx=t, obj_id=n, box=box)
+    of_frames = []
+    for _, _, logits in model.propagate_in_video(state, start_frame_idx=0):
+        of_frames.append(logits[:, 0])
+    return torch.stack(of_frames, dim=1)
+
+
+@torch.inference_mode()
+def tracker_logits(tracker, clips, last):
+    """What `track_clips` cuts at 0, of `last` objects of clips (frames, objects) -> [last, T, S, S].
+
+    Toy frames have the size that the toy model sees, so boxes need no scaling.
+    """
+    owner = []
+    boxes = []
+    lengths = []
+    for c, (frames, objects) in enumerate(clips):
+        owner += [c] * len(objects)
+        boxes += stretched(objects)
+        lengths += [len(frames)] * len(objects)
+    videos = [frames for frames, _ in clips]
+    features = FrameFeatures(tracker, videos, owner, boxes)
+    of_frames = []
+    for t, (logits, _) in enumerate(tracker.run(features, boxes, lengths)):
+        # Objects whose clip has a frame t.
+        assert len(logits) == sum(T > t for T in lengths)
+        of_frames.append(logits[-last:])
+    assert len(of_frames) == max(lengths)
+    logits = torch.stack(of_frames, dim=1)
+    size = (tracker.side, tracker.side)
+    return F.interpolate(logits, size, mode="bilinear")
+
+
+def assert_same_masks(a, b):
+    """Masks [N, T, H, W] agree: for each object an IoU above 0.99 over all frames at once."""
+    assert a.shape == b.shape
+    for one, other in zip(a, b):
+        union = (one | other).sum()
+        common = (one & other).sum()
+        assert union == 0 or common / union > 0.99
+
+
+def assert_same_logits(a, b):
+    """A wrong time code moves the logits by 1e-3 only, far too little for the masks to show it."""
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("index, split, T", [
+    (0, "test", 8),
+    (1, "long", 20),
+])
+def test_tracker_equals_the_predictor(tracker, tmp_path, monkeypatch, index, split, T):
+    frames, objects = toy_prompts(index, split, T)
+    slow = predictor_logits(tracker.model, frames, objects, tmp_path, monkeypatch)
+    assert slow.shape[:2] == (len(PROMPTS), len(frames))
+    found = tracker_logits(tracker, [(frames, objects)], len(objects))
+    assert_same_logits(found, slow)
+    masks = tracker.track(frames, objects)
+    assert masks.any()
+    assert_same_masks(masks, slow.numpy() > 0)
+
+
+def test_objects_do_not_see_each_other(tracker, monkeypatch):
+    frames, objects = toy_prompts(2)
+    together = tracker.track(frames, objects)
+    # Another order, one twice, some missing.
+    order = [4, 2, 6, 0, 2]
+    others = [objects[n] for n in order]
+    assert_same_masks(tracker.track(frames, others), together[order])
+    monkeypatch.setattr(segment_program, "OBJECTS_AT_ONCE", 2)
+    monkeypatch.setattr(segment_program, "FRAMES_AT_ONCE", 3)
+    assert_same_masks(tracker.track(frames, objects), together)
+
+
+def test_clips_of_several_lengths_and_sizes_are_tracked_together_as_each_alone(tracker):
+    nothing, _ = toy_prompts(5)
+    frames, objects = toy_prompts(6)
+    wide = widened(frames, objects[:2])
+    unions = [[0], [1, 2], []]
+    clips = [
+        (*toy_prompts(3), None),
+        (*toy_prompts(4, "long", 12), unions),
+        (nothing, [], None),
+        (*wide, None),
+    ]
+    for clip, masks in zip(clips, tracker.track_clips(clips)):
+        assert_same_masks(masks, tracker.track(*clip))
+
+
+def test_lengths_of_other_clips_are_out_of_the_code_of_time(tracker):
+    short = toy_prompts(3)
+    long = toy_prompts(4, "long", 12)
+    last = len(PROMPTS)
+    together = tracker_logits(tracker, [short, long], last)
+    alone = tracker_logits(tracker, [long], last)
+    assert_same_logits(together, alone)
+
+
+def test_masks_have_the_size_of_the_source(tracker):
+    frames, objects = toy_prompts(3)
+    wide, wide_objects = widened(frames, objects)
+    masks = tracker.track(wide, wide_objects)
+    T = len(frames)
+    assert masks.shape == (len(objects), T, 192, 320)
+    assert masks.dtype == bool
+    nothing = tracker.track(wide, [])
+    assert nothing.shape == (0, T, 192, 320)
+    narrow = tracker.track(frames, objects)
+    assert masks.mean() == pytest.approx(narrow.mean(), rel=0.1)
+
+
+def test_gradients_reach_the_prompt_through_memory(tracker):
+    side = tracker.side
+    pictures = torch.randn(3, 3, side, side, requires_grad=True)
+    levels = tracker.encode(pictures)
+
+    def features(objects, times):
+        return [level[list(times)] for level in levels]
+
+    # Frame 0 of an object that is prompted on frame 2.
+    prompts = {2: np.array([20, 20, 60, 60])}
+    _, scores = next(tracker.run(features, [prompts], [3]))
+    scores.sum().backward()
+    assert pictures.grad[0].any()
+    assert pictures.grad[2].any()
+    assert not pictures.grad[1].any()
+
+
+BOX = (1, 1, 9, 9)
+
+
+@pytest.mark.parametrize("objects", [
+    [{0: BOX}, {}],
+    [{99: BOX}],
+    [{-1: BOX}],
+])
+def test_prompts_off_the_clip_are_refused(tracker, objects):
+    frames, _ = toy_prompts(0)
+    with pytest.raises(ValueError, match=rf"object {len(objects) - 1} needs boxes on frames 0 to 7"):
+        tracker.track(frames, objects)
+
+
+# ---- files of SAM2 ---------------------------------------------------------------------------------
+def refused(kind, message, config, weights):
+    with pytest.raises(kind, match=message) as caught:
+        Tracker.from_pretrained(config, weights)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_configs_are_named(tmp_path):
+    config, weights = SAM2
+    message = "no such SAM2 config: sam2.1_hiera_xl .*sam2.1_hiera_l"
+    refused(FileNotFoundError, message, "sam2.1_hiera_xl", weights)
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model: {image_size: 128}")
+    refused(BadInput, "not a SAM2 config.*bad.yaml", bad, weights)
+    with pytest.raises(BadInput, match="not a SAM 2.1 model, it differs in: add_tpos_enc"):
+        Tracker(build_sam2("configs/sam2/sam2_hiera_t.yaml"))
+
+
+def test_missing_weights_are_named(tmp_path):
+    config, _ = SAM2
+    message = "no such file of SAM2 weights: .*none.pt"
+    refused(FileNotFoundError, message, config, tmp_path / "none.pt")
+
+
+WRONG_WEIGHTS = dict(
+    other={"model": {"image_encoder.weight": torch.zeros(1)}},
+    tensor=torch.zeros(3),
+    scalar=torch.tensor(1.0),
+    numbered={"model": {1: 2}},
+    listed={"model": [1]},
+    torn=b"PK torn",
+)
+
+
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_wrong_weights_are_named(tmp_path, name):
+    config, _ = SAM2
+    path = tmp_path / f"{name}.pt"
+    content = WRONG_WEIGHTS[name]
+    if name == "torn":
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    refused(BadInput, f"not the SAM2 weights of config .*{name}.pt", config, path)
+
+
+def test_the_config_is_found_by_the_weights():
+    assert find_config(TOY_SAM2) == SAM2[0]
+    assert find_config("weights/sam2.1_hiera_tiny.pt") == "sam2.1_hiera_t"
+    assert find_config("weights/sam2.1_hiera_base_plus.pt") == "sam2.1_hiera_b+"
+    assert find_config("weights/sam2.1_hiera_large.pt") == "sam2.1_hiera_l"
+    assert find_config("weights/mine.pt") == "mine"
+
+
+# ---- both systems on clips -------------------------------------------------------------------------
+def test_a_groups_masks_are_those_of_one_call_per_completion(systems):
+    clip = toy_clip("test", 2)
+    true = {}
+    for t, mask in enumerate(clip.masks[0]):
+        box = mask_box(mask)
+        if box:
+            true[t] = [tuple(map(float, box))]
+    a, b, c, *_ = true
+    guess = (5.0, 5.0, 40.0, 40.0)
+    boxes = [
+        {a: true[a]},
+        {t: true[t] for t in (a, b, c)},
+        {},
+        {b: [guess, *true[b]]},
+    ]
+    together, = track_groups(systems.tracker, [clip], [boxes])
+    assert together[0].any()
+    assert not together[2].any()
+    for completion, masks in zip(boxes, together):
+        ((alone,),) = track_groups(systems.tracker, [clip], [[completion]])
+        common = (alone & masks).sum()
+        assert common >= 0.99 * (alone | masks).sum()
+
+
+def moment(time, description):
+    moments = [dict(start_time=time, end_time=time, description=description)]
+    return f"<think>why</think>\n<answer>{json.dumps(moments)}</answer>"
+
+
+class AnyTracker:
+    """Stands for SAM2: every object is all of the picture on all frames. Keeps what it is asked."""
+
+    def track_clips(self, requests):
+        self.requests = requests
+        masks = []
+        for frames, _, unions in requests:
+            width, height = frames[0].size
+            whole = np.ones((len(frames), height, width), bool)
+            masks.append([whole if union else ~whole for union in unions])
+        return masks
+
+
+def test_keyframes_are_those_of_the_source_where_few_frames_are_shown(systems):
+    """Of 11 frames System 1 sees 0, 5 and 10, at 0, 0.5 and 1 s: clips of System 1 have 2 frames a second."""
+    clip = toy_clip("test", 2)
+    assert len(clip.frames) == 11
+    asked = []
+    box = (1.0, 2.0, 3.0, 4.0)
+
+    def system2(pictures, descriptions):
+        asked.extend(zip(pictures, descriptions))
+        return [[box]]
+
+    processor = systems.processor
+    tracker = AnyTracker()
+    text = moment("00:00.50", RED)
+    policy = says(text, processor)
+    result, = segment(policy, system2, processor, tracker, [clip], most_frames=3)
+    assert result.text == text
+    assert result.keyframes == {5: RED}
+    assert result.boxes == {5: [box]}
+    (picture, description), = asked
+    assert description == RED
+    assert np.array_equal(picture, clip.frames[5])
+    # SAM2 sees all frames.
+    (frames, objects, _), = tracker.requests
+    assert len(frames) == 11
+    assert objects == [{5: box}]
+    assert result.masks.shape == clip.masks.shape[1:]
+    assert result.masks.all()
+
+
+def test_in_a_picture_system_1_draws_the_box_itself(systems):
+    # Shown at half its size.
+    frames = Frames([blank(256, 256)].__getitem__, [0])
+    picture = Clip("p", frames, "the dog", task="image")
+    processor = systems.processor
+    tracker = AnyTracker()
+    answer = '<answer>{"bbox_2d": [10, 20, 30, 40], "points_1": [15, 30], "points_2": [20, 35]}</answer>'
+    result, = segment(says(answer, processor), refuse, processor, tracker, [picture])
+    assert result.boxes == {0: [(20, 40, 60, 80)]}
+    assert result.masks.shape == (1, 256, 256)
+    assert result.masks.all()
+
+    answer = "<answer>null</answer>"
+    result, = segment(says(answer, processor), refuse, processor, tracker, [picture])
+    assert result.boxes == {}
+    assert not result.masks.any()
+
+
+def test_clips_are_segmented_together_as_each_alone(systems):
+    models = (systems.policy, systems.system2, systems.processor, systems.tracker)
+    clips = [toy_clip("test", index) for index in (0, 2)]
+    for clip, together in zip(clips, segment(*models, clips)):
+        alone, = segment(*models, [clip])
+        assert together.text == alone.text
+        assert together.keyframes == alone.keyframes
+        assert together.boxes == alone.boxes
+        assert_same_masks(together.masks[None], alone.masks[None])
+
+
+# ---- the program -----------------------------------------------------------------------------------
+def run_segment(out, *arguments):
+    """Runs segment.py -> its answer.json."""
+    arguments = ["--device", "cpu", "--out", out, *arguments]
+    segment_program.main([str(argument) for argument in arguments])
+    text = (out / "answer.json").read_text()
+    return json.loads(text)
+
+
+def written_masks(out):
+    """Names of the files of masks."""
+    return sorted(path.name for path in (out / "masks").iterdir())
+
+
+def test_segment_writes_masks_at_the_videos_own_size(tmp_path):
+    clip = toy_clip("test", 5)
+    video = tmp_path / "frames"
+    video.mkdir()
+    names = []
+    for t in range(len(clip.frames)):
+        names.append(f"{t:05d}.png")
+        picture = clip.frames[t].resize((200, 150))
+        picture.save(video / names[t])
+    # Of an earlier, longer clip.
+    out = tmp_path / "out"
+    (out / "masks").mkdir(parents=True)
+    (out / "masks/00099.png").touch()
+    answer = run_segment(out, "--video", video, "--query", clip.query)
+    assert {"reasoning", "answer", "keyframes", "query"} <= set(answer)
+    assert answer["query"] == clip.query
+    assert written_masks(out) == names
+    for name in names:
+        assert Image.open(out / "masks" / name).size == (200, 150)
+    assert Image.open(out / "overlay.webp").n_frames > 1
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """A list that gets (view, inputs) of every clip that System 1 is shown."""
+    prompts = []
+    prompt_inputs = segment_program.prompt_inputs
+
+    def watched(processor, clip):
+        inputs = prompt_inputs(processor, clip)
+        prompts.append((clip, inputs))
+        return inputs
+
+    monkeypatch.setattr(segment_program, "prompt_inputs", watched)
+    return prompts
+
+
+def test_a_file_grounds_for_the_program(tmp_path):
+    path = grounder(tmp_path, LEFT_HALF)
+    answer = run_segment(tmp_path / "out", "--index", 2, "--system2", path)
+    assert answer["keyframes"]
+    for keyframe in answer["keyframes"]:
+        words = keyframe["description"].split()
+        # A box a word.
+        assert len(keyframe["boxes"]) == len(words)
+        assert keyframe["boxes"][0] == [0.0, 0.0, 64.0, 127.0]
+        assert keyframe["time"] == keyframe["frame"] / 2
+    assert len(written_masks(tmp_path / "out")) == 11
+
+
+def test_frames_and_tokens_of_a_frame_are_options(tmp_path, shown):
+    """The toy's frames are 128 x 128 pixels, a token is 16 x 16, of 2 x 2 patches, and frames go in pairs."""
+    run_segment(tmp_path / "own", "--index", 2)
+    few = tmp_path / "few"
+    run_segment(few, "--index", 2, "--frames", 3, "--video_tokens", 4)
+    # SAM2 tracks through all frames all the same.
+    assert len(written_masks(few)) == 11
+    (own, own_inputs), (few, few_inputs) = shown
+    assert len(own.frames) == 11
+    assert own_inputs.grid.tolist() == [[6, 6, 6]]
+    assert few.frames.indices == [0, 5, 10]
+    assert few_inputs.grid.tolist() == [[2, 4, 4]]
+
+
+def test_tokens_of_a_picture_are_an_option_of_system2(tmp_path, monkeypatch):
+    """Pictures of 128 x 128 pixels: as they are, and at half their size."""
+    grids = set()
+    image_inputs = Processor.image_inputs
+
+    def watched(self, *arguments, **options):
+        inputs = image_inputs(self, *arguments, **options)
+        grids.update(map(tuple, inputs.grid.tolist()))
+        return inputs
+
+    monkeypatch.setattr(Processor, "image_inputs", watched)
+    run_segment(tmp_path / "own", "--index", 2)
+    assert grids == {(1, 16, 16)}
+    grids.clear()
+    run_segment(tmp_path / "few", "--index", 2, "--image_tokens", 16)
+    assert grids == {(1, 8, 8)}
