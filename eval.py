@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchmarks import BENCHMARKS, add_roots, dataset_root, find_benchmark, open_split, roots_given
+from benchmarks import BENCHMARKS, add_roots, chosen_root, find_benchmark, open_split
 from benchmarks.metrics import paired_difference
 from benchmarks.predictions import (
     check_claim,
@@ -264,7 +264,7 @@ def compare(report, others, column, file):
 def evaluate(options):
     """Predicts what is not predicted yet, each process its share. The first process then scores."""
     benchmark = find_benchmark(options.bench)
-    root = dataset_root(benchmark, options.data_root, roots_given(options))
+    root = chosen_root(benchmark, options)
     splits = (options.split or benchmark.tested).split(",")
     listed = []
     for split in splits:

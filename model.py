@@ -561,7 +561,7 @@ class Thinker(nn.Module):
 
     @property
     def suppressed(self) -> Tensor:
-        """Ids of PROMPT_ONLY. If one were sampled, the next forward would look for its medium without finding it."""
+        """Ids of PROMPT_ONLY. If one were sampled, the next forward would look for media in vain."""
         ids = []
         for name in PROMPT_ONLY:
             token = getattr(self.config, name, None)  # not every configuration has all

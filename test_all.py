@@ -66,8 +66,8 @@ def answer(*moments):
     return f"<think>because</think><answer>{json.dumps(blocks)}</answer>"
 
 
-def disc_masks(T=8, side=20):
-    """bool [1, T, side, side]: one square that is there on all frames."""
+def square_masks(T=8, side=20):
+    """bool [1, T, side, side]: a square that is visible on all frames."""
     masks = np.zeros((1, T, side, side), bool)
     masks[:, :, 5:10, 5:10] = True
     return masks
@@ -115,7 +115,9 @@ def test_the_step_makes_groups_of_judged_completions(systems):
 
 
 def test_what_is_sampled_is_what_is_scored(systems):
-    """ "where | |---|---|---| | 1 | **Draw clips**, one query each" """
+    """ "Generation and log-probabilities see the same rows and the same head, so what is sampled is what is
+    scored."
+    """
     inputs = prompt_inputs(systems.processor, toy_clip("train", 0))
     prompts = systems.policy.embed([inputs])
     greedy, = systems.policy.generate(prompts, 1, 8, eos_ids={-1}, temperature=0.0)
@@ -629,7 +631,7 @@ def test_looking_in_vain_earns_no_number_term():
     nothing = np.zeros((1, 8, 20, 20), bool)
     text = answer(("00:00.00", "00:01.50", "a dog"))
     assert vos_rewards(text, nothing, {}, None)["number"] == 0
-    assert vos_rewards(text, disc_masks(), {}, None)["number"] == pytest.approx(1.6)
+    assert vos_rewards(text, square_masks(), {}, None)["number"] == pytest.approx(1.6)
 
 
 def test_sampling_is_neutral():

@@ -107,7 +107,7 @@ class Settings:
         least=0,
     )
     # How long and how fast
-    steps: int = setting(1000, "steps; each rolls out a batch and updates the policy", least=1, resumable=True)
+    steps: int = setting(1000, "steps; each rolls out a batch and updates once", least=1, resumable=True)
     batch: int = setting(
         8,
         "prompts rolled out at once, over all processes (published: 8, one a GPU)",

@@ -98,6 +98,15 @@ def roots_given(options: argparse.Namespace) -> dict[str, str]:
     return given
 
 
+def chosen_root(benchmark: Benchmark, options: argparse.Namespace) -> str:
+    """Where the one benchmark of a command line lies. Raises BadInput for a root that means nothing to it."""
+    roots = roots_given(options)
+    for folder in roots:
+        if folder != benchmark.folder:
+            raise BadInput(f"--{folder}_root means nothing to --bench {benchmark.name}")
+    return dataset_root(benchmark, options.data_root, roots)
+
+
 def dataset_root(benchmark: Benchmark, data_root: str, roots: dict[str, str]) -> str:
     """Where a benchmark lies: in roots[folder], else in data_root/folder."""
     return roots.get(benchmark.folder) or os.path.join(data_root, benchmark.folder)

@@ -1,4 +1,4 @@
-"""Checks, shows and mimics the benchmarks: `python data.py check | show | mini --bench NAME ...`
+"""Checks benchmarks, shows samples, writes miniatures: `python data.py check | show | mini --bench NAME ...`
 
 Letters: T frames, H W pixels.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from benchmarks import BENCHMARKS, add_roots, dataset_root, find_benchmark, open_split, roots_given
+from benchmarks import BENCHMARKS, add_roots, chosen_root, find_benchmark, open_split
 from benchmarks.mini import write_mini
 from benchmarks.samples import Benchmark, Sample, fitting_masks, load, open_frames, read_long_sound
 from data import MOST_FRAMES, BadInput, Parser, at_least, fail, prompt
@@ -23,7 +23,7 @@ picture and its prompt; mini writes a miniature in its layout."""
 def check(benchmark: Benchmark, split: str, root: str) -> int:
     """Reads a split, prints what it holds and a line for each broken sample. Returns how many are broken.
 
-    All samples are read; of a benchmark that makes its samples, as many as are usually evaluated.
+    All samples are read, or as many as are usually evaluated, if the benchmark says so.
     """
     place = f"{benchmark.name}/{split}"
     try:
@@ -53,9 +53,9 @@ def print_counts(place, samples, seen, broken):
 
 
 def inspect(sample: Sample, seen: dict) -> None:
-    """Raises BadInput for the first thing that is wrong with a sample.
+    """Raises BadInput for the first fault of a sample.
 
-    seen: what was read, or the error, for the samples that share it. Keys are ("frames", video),
+    seen: results and errors of reading, for other samples with the same files. Keys are ("frames", video),
     ("sound", video) and ("masks", video, *ids of the objects).
     """
     if sample.fault:
@@ -66,7 +66,7 @@ def inspect(sample: Sample, seen: dict) -> None:
     _, seconds = read_once(seen, ("frames", sample.video), sample, inspect_frames, sample)
     if sample.sound is not None:
         read_once(seen, ("sound", sample.video), sample, inspect_sound, sample.sound, seconds)
-    # Errors of masks name the sample, so they are not kept for the others.
+    # Errors of masks name the sample, so they are not kept for other samples.
     key = ("masks", sample.video, *sample.ids)
     if sample.read_masks is not None and key not in seen:
         fitting_masks(sample)
@@ -82,7 +82,7 @@ def inspect_made(sample, seen):
 
 
 def read_once(seen, key, sample, read, *arguments):
-    """seen[key], which read(*arguments) fills. An error is raised for every sample that shares it."""
+    """seen[key], filled by read(*arguments) the first time. Its error is raised for every sample."""
     if key not in seen:
         try:
             seen[key] = read(*arguments)
@@ -96,7 +96,7 @@ def read_once(seen, key, sample, read, *arguments):
 
 
 def inspect_frames(sample):
-    """(frames, seconds) of a video. Of a video file the first and the last frame are read."""
+    """(number of frames, seconds) of a video. Of a video file, only the first and the last frame are read."""
     if not sample.pictures:
         raise BadInput("no frames")
     frames, fps = open_frames(sample)
@@ -151,7 +151,7 @@ def draw_sheet(clip):
 
 
 def draw_target(clip, t):
-    """Frame t with the target's masks in red, and its box where the truth is one."""
+    """Frame t with the target's masks in red, or its true box."""
     pixels = np.array(clip.frames[t])
     if clip.masks is not None:
         target = clip.masks[:, t].any(0)
@@ -179,8 +179,8 @@ def main(arguments=None):
         if options.split not in splits:
             parser.error(f"unknown split of {benchmark.name}: {options.split} (known: {', '.join(splits)})")
         splits = (options.split,)
-    root = dataset_root(benchmark, options.data_root, roots_given(options))
     try:
+        root = chosen_root(benchmark, options)
         if options.action == "mini":
             write_mini(benchmark, os.path.join(options.out, benchmark.folder), options.videos)
         elif options.action == "show":

@@ -1,6 +1,6 @@
 """Media files: videos, folders of frames, pictures, sounds.
 
-Whatever is broken raises BadInput that names the file. Letters: T frames, H W pixels.
+A broken file raises BadInput that names it. Letters: T frames, H W pixels.
 """
 import math
 import os
@@ -25,7 +25,7 @@ def open_video(path) -> tuple[Frames, float]:
         return open_folder(path), FPS
     if not os.path.exists(path):
         raise FileNotFoundError(f"no such video file or folder of frames: {path}")
-    # Loads ffmpeg, so only where a video file is opened.
+    # This loads ffmpeg, so it stands only where a video file is opened.
     import decord
 
     def read(t):
@@ -45,8 +45,8 @@ def open_video(path) -> tuple[Frames, float]:
 def rgb_picture(pixels) -> Image.Image:
     """The picture of a frame as decord gives it, uint8 [H, W, channels].
 
-    decord 0.6 takes the padding of the lines of some narrow videos for more channels. The first W x 3 numbers
-    of a line are its pixels in any case.
+    For some narrow videos, decord 0.6 takes the padding at the end of lines for more channels. The first
+    W x 3 numbers of a line are always its pixels.
     """
     height, width = pixels.shape[:2]
     lines = pixels.reshape(height, -1)[:, :3 * width]
@@ -94,7 +94,7 @@ def read_sound(path) -> np.ndarray | None:
         return sound_of_video(path)
     try:
         rate, sound = wavfile.read(path)
-    # scipy trips over malformed files in many ways.
+    # scipy raises many kinds of errors over malformed files.
     except Exception as error:
         raise BadInput(f"cannot read sound: {path} ({one_line(error)})") from None
     if rate == 0 or not np.isfinite(sound).all():
@@ -123,7 +123,7 @@ def sound_of_video(path) -> np.ndarray | None:
 
 
 def video_clip(path: str, query: str, sound: str | None) -> Clip:
-    """The clip of a video file or a folder of frames, with the sound of a wav file or else its own.
+    """The clip of a video file or a folder of frames, with the sound of the file `sound`, else its own.
 
     Raises FileNotFoundError or BadInput, naming the file.
     """

@@ -1,7 +1,7 @@
-"""The metrics that several benchmarks share: of one sample, and their means over all samples.
+"""The metrics that several benchmarks share: values of one sample, and their means over all samples.
 
-J and F are those of the DAVIS evaluation (J is rewards.region_similarity). Nothing is resized and nothing is
-void: masks are compared at the source's size. Values are in per cent unless their function says otherwise.
+J and F are those of the DAVIS evaluation (J is rewards.region_similarity). Masks are compared at the source's
+size, and all pixels count. Values are in per cent unless their function says otherwise.
 Letters: O objects, T frames, H W pixels, J region similarity, F boundary accuracy, I intersection, U union.
 """
 import math
@@ -18,7 +18,7 @@ def boundary_accuracy(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
     """F [T], 0 to 1: harmonic mean of the boundaries' precision and recall.
 
     A boundary pixel is right if the other boundary is within 0.8 % of the picture's diagonal. The picture's
-    border is no boundary: a full mask has none, and is equal to an empty one here.
+    border is no boundary, so a full mask has none, as an empty one.
     pred, true: [T, H, W], bool or 0 and anything else (0/255). Raises ValueError where their shapes differ.
     """
     pred, true = mask_pair(pred, true)
@@ -34,7 +34,7 @@ def boundary_accuracy(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 def boundary(mask):
     """Pixels [H, W] that differ from the neighbour to the right, below, or both: lines one pixel wide."""
-    # Beyond the border nothing changes.
+    # Beyond the border, pixels are repeated, so there is no boundary.
     padded = np.pad(mask, (0, 1), "edge")
     right = padded[:-1, 1:]
     below = padded[1:, :-1]
@@ -43,7 +43,7 @@ def boundary(mask):
 
 
 def frame_accuracy(pred, true, radius):
-    """F, 0 to 1, of two boundaries [H, W]: 1 if both are empty, 0 if one of them is."""
+    """F, 0 to 1, of two boundaries [H, W]: 1 if both are empty, 0 if only one is."""
     if not (pred.any() and true.any()):
         return float(pred.any() == true.any())
     # Only distances between boundary pixels matter, so their common box is enough: several times faster.
@@ -62,7 +62,7 @@ def frame_accuracy(pred, true, radius):
 
 
 def share_near(pixels, others, radius):
-    """Share of `pixels` within `radius` of `others`: what dilating `others` by a disk would cover."""
+    """Share of the set pixels of `pixels` [H, W] within `radius` pixels of those of `others`."""
     distance = distance_transform_edt(~others)
     near = distance[pixels] <= radius
     return float(near.mean())
@@ -82,9 +82,9 @@ def score_video(sample, true, pred) -> dict:
 
 
 def score_picture(sample, true, pred) -> dict:
-    """I and U in pixels, IoU, and whether the boxes around the masks have an IoU above 0.5.
+    """I and U in pixels, IoU, and `found`: whether the boxes around the masks have an IoU above 0.5.
 
-    IoU is 100 where both masks are empty.
+    IoU is 100 if both masks are empty.
     """
     I, U = overlap(true, pred)
     IoU = 100 * (I / (U + 1e-5))
@@ -100,7 +100,7 @@ def score_picture(sample, true, pred) -> dict:
 
 
 def overlap(true, pred) -> tuple[int, int]:
-    """(I, U) of true [O, 1, H, W] and pred [1, H, W], in pixels. What is None is empty."""
+    """(I, U) of true [O, 1, H, W] and pred [1, H, W], in pixels. Without pred I is 0, without true both."""
     if true is None:
         return 0, 0
     true = true.any(0)
@@ -129,9 +129,9 @@ def mean_row(rows: list[dict], columns=("J", "F")) -> dict:
 
 
 def mean_picture(rows: list[dict], endings=("",)) -> dict:
-    """Acc@0.5, the share of boxes found; gIoU, the mean of the IoUs; cIoU, all intersections over all unions.
+    """Acc@0.5, the share of `found`; gIoU, the mean of the IoUs; cIoU, all intersections over all unions.
 
-    endings: of the columns I, U and IoU. Each gives one gIoU and one cIoU.
+    endings: of the names I, U and IoU in the rows. Each gives one gIoU and one cIoU.
     """
     means = {}
     means["expressions"] = len(rows)
@@ -169,7 +169,7 @@ def picture_subsets(rows: list[dict]) -> dict:
 
 
 def paired_difference(values: dict, others: dict) -> tuple[float, float | None]:
-    """Mean of values - others, both {name: value}, and half the width of its 95 % interval (of one: None)."""
+    """(mean of values - others, half the width of its 95 % interval), both {name: value}. One value: None."""
     differences = np.array([value - others[name] for name, value in values.items()])
     mean = float(differences.mean())
     if len(differences) == 1:

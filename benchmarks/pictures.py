@@ -1,9 +1,9 @@
-"""What is drawn for people: masks and boxes over frames, animations."""
+"""Pictures for people to look at: masks and boxes over frames, animations."""
 import numpy as np
 from PIL import Image, ImageDraw
 
-# Pixels of the longer side of an animation: smaller pictures are enlarged by a whole number, larger ones
-# shrunk.
+# Pixels of the longer side of an animation. Smaller pictures are enlarged by a whole factor to some SMALLEST.
+# Larger ones are shrunk to LARGEST.
 SMALLEST = 384
 LARGEST = 640
 
@@ -15,7 +15,7 @@ def overlay(picture: Image.Image, mask: np.ndarray, boxes=()) -> Image.Image:
     mask = mask.repeat(factor, 0).repeat(factor, 1)
     pixels = np.array(picture).astype(np.float32)
     pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array([255, 40, 40])
-    # Pixels whose four neighbours are in the mask.
+    # Pixels whose four neighbours are all in the mask.
     inside = np.roll(mask, 1, 0) & np.roll(mask, -1, 0)
     inside &= np.roll(mask, 1, 1) & np.roll(mask, -1, 1)
     pixels[mask & ~inside] = (255, 255, 255)
@@ -29,7 +29,7 @@ def overlay(picture: Image.Image, mask: np.ndarray, boxes=()) -> Image.Image:
 
 
 def write_animation(path, pictures: list[Image.Image], fps: float) -> None:
-    """An animated webp of pictures, which are shrunk to LARGEST pixels."""
+    """An animated webp of pictures at `fps` frames a second. Larger ones are shrunk to LARGEST pixels."""
     for picture in pictures:
         picture.thumbnail((LARGEST, LARGEST))
     first, *others = pictures

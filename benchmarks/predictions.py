@@ -2,7 +2,7 @@
 
     DIR/Annotations/<video>/<expression>/<frame>.png    gray, 0 or 255
 
-The level Annotations may be missing. Or a .json holds them as COCO run lengths, null for an empty mask:
+The level Annotations may be missing. Or a .json holds all masks as COCO run lengths, null for an empty one:
 
     {video: {expression: {"prediction_masks": [one of each frame]}}}
 
@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks.samples import Benchmark, Sample, rle_mask
 from data import BadInput, parse_json, read_json, reading
 
-# Ends the names of what is not finished.
+# The names of unfinished files and folders end with this.
 PARTIAL = ".partial"
 
 
@@ -49,7 +49,7 @@ def scored_names(sample: Sample) -> list:
 def write_prediction(out: str, sample: Sample, masks) -> None:
     """Writes masks, bool [T, H, W], into OUT/Annotations.
 
-    The folder appears whole or not at all: an expression whose folder exists is finished, also after an
+    The folder appears complete or not at all. So an expression whose folder exists is finished, even after an
     interruption.
     """
     if len(masks) != len(sample.names):
@@ -173,7 +173,7 @@ def unpredicted(out: str, samples: list[Sample]) -> list[Sample]:
 
 
 def check_claim(out: str, claim: dict) -> None:
-    """Raises BadInput where OUT holds predictions with another claim."""
+    """Raises BadInput where OUT/run.json makes another claim: OUT holds predictions of something else."""
     path = f"{out}/run.json"
     earlier = read_json(path) if os.path.exists(path) else claim
     for key, value in claim.items():
@@ -183,7 +183,7 @@ def check_claim(out: str, claim: dict) -> None:
 
 
 def fingerprint(directory: str) -> str:
-    """Changes with the weights in a directory, by their names, sizes and times."""
+    """A text that changes with the weights in a directory: their names, sizes and times."""
     facts = []
     for file in sorted(Path(directory).glob("*.safetensors")):
         status = file.stat()
@@ -204,7 +204,7 @@ def read_answers(directory: str) -> dict:
     for path in sorted(Path(directory).glob("answers-*.jsonl")):
         for line in path.read_text().splitlines():
             answer = parse_json(line)
-            # A full disk leaves half a line.
+            # A full disk may have left half a line.
             if isinstance(answer, dict) and {"name", "text", "keyframes"} <= answer.keys():
                 answers[answer["name"]] = answer
     return answers

@@ -10,9 +10,10 @@ The folder is the uid without its last two parts; it is not the vid. Uids repeat
 row. Some rows are of a split TODO and are not used.
 
 The official metric: J, F and S at 256 x 256 pixels. Quirks: F is one of regions, not of boundaries. A null
-expression names what is not there; it has S, the share of pixels that are predicted all the same, and the
-others have J and F. The unit is the batch: 4 expressions in the order of the csv, which take F's best
-threshold together.
+expression names what is not there and has S, the root of the share of pixels that are predicted all the same.
+The others have J and F. Means are over batches of 4 expressions in the order of the csv, and each batch takes
+F's best threshold for all its frames.
+
 Letters: O objects, T frames, H W pixels.
 """
 import csv

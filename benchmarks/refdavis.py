@@ -7,15 +7,16 @@ annotators.
       valid/JPEGImages/<video>/<frame>.jpg
       valid/Annotations/<video>/<frame>.png    number of the object at each pixel, 255 for void
 
-exp holds the words, obj_id the number of the object. The annotator is the id modulo 4: annotators 0 and 2 saw
-the first frame only, 1 and 3 the full video.
+exp holds the words, obj_id the number of the object. The annotator is the expression's id modulo 4.
+Annotators 0 and 2 saw only the first frame, 1 and 3 the full video.
 
 There are two official metrics. Protocol A is the unsupervised evaluation of DAVIS 2017 (arXiv 1905.00737),
-once for each annotator: the masks of a video are merged into one picture of numbers, which are matched with
-the true objects. Protocol B is the mean of J and F over the expressions. Quirks: A leaves out void pixels,
-B does not. The objects of A are those up to the highest number on the first frame.
+once for each annotator: the masks of a video are merged into one picture of numbers per frame, and the
+numbers are matched with the true objects. Protocol B is the mean of J and F over the expressions. Quirks: A
+leaves out void pixels, B does not. The objects of A are those up to the highest number on the first frame.
 
 The evaluation of DAVIS 2017 reads OUT/anno_0 ... anno_3/<video>/<frame>.png, which `write_davis` writes.
+
 Letters: O objects, T frames, H W pixels.
 """
 import itertools
@@ -95,13 +96,13 @@ def annotator_videos(samples):
 def object_scores(group, source, readable):
     """[(J, F)], in per cent, of the objects of a video from one annotator's samples.
 
-    An object scores 0 where its sample's name is not in `readable`. All score 0 where the video's
-    annotation is broken; the official evaluation ends there.
+    An object scores 0 if its sample's name is not in `readable`. All score 0 if the video's annotation is
+    broken, where the official evaluation fails.
     """
     try:
         annotation = group[0].extra["annotation"]()
     except BadInput:
-        # The row of each sample names it.
+        # The row of each sample names the broken annotation.
         return [(0.0, 0.0)] * len(group)
     missing = []
     for proposal, sample in enumerate(group, 1):
@@ -114,7 +115,7 @@ def object_scores(group, source, readable):
 def indexed_masks(group, source, shape, readable):
     """uint8 [T, H, W]: 1 in the first sample's masks, 2 in the second's where it is not 1, and so on."""
     indexed = np.zeros(shape, np.uint8)
-    # From the last to the first, as the first is on top.
+    # From the last to the first, because the first is on top.
     for number in range(len(group), 0, -1):
         sample = group[number - 1]
         masks = None
@@ -131,7 +132,7 @@ def match_objects(pred, annotation, missing=()):
     pred, annotation  uint8 [T, H, W], whose numbers are proposals and objects. Void pixels belong to no mask.
                       Objects are those up to the highest number on the first frame; there are at least as
                       many proposals as objects
-    missing           (proposal, object) pairs. Both score 0 whatever they are matched with
+    missing           (proposal, object) pairs. Both score 0, whatever they are matched with
     """
     void = annotation == 255
     first = annotation[0][~void[0]]
@@ -155,7 +156,7 @@ def match_objects(pred, annotation, missing=()):
 def write_davis(out: str, samples: list[Sample], readable: set):
     """Writes OUT/anno_0 ... anno_3 from OUT/Annotations. readable: names of the samples that can be read.
 
-    A video without any is left out.
+    A video without any of them is left out.
     """
     for (annotator, video), group in annotator_videos(samples).items():
         names = {sample.name for sample in group}
@@ -169,7 +170,7 @@ def write_davis(out: str, samples: list[Sample], readable: set):
 
 # ---- the miniature ---------------------------------------------------------------------------------
 def mini_refdavis(root: str, videos: int):
-    """Something is to be seen on the first frame of each video: DAVIS takes its objects from there."""
+    """Each video shows something on its first frame, because DAVIS takes its objects from there."""
     fitting = (i for i in itertools.count() if toy_scene("test", i).masks[:, 0].any())
     indices = itertools.islice(fitting, videos)
     folder = f"{root}/valid/JPEGImages"
@@ -182,7 +183,7 @@ def mini_refdavis(root: str, videos: int):
             for form in ("the {}", "a {}", "{}", "the {} that moves"):
                 query = form.format(thing.name)
                 queries[str(len(queries))] = dict(exp=query, obj_id=str(number))
-        # The uppermost row is void where nothing is.
+        # Empty pixels of the uppermost row are void.
         top = labels[:, 0]
         top[top == 0] = 255
         for name, label in zip(names, labels):

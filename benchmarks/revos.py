@@ -7,12 +7,13 @@ nothing in it (hallucination).
       mask_dict.json                    {annotation: [run lengths of each frame, or null]}
       JPEGImages/<video>/<frame>.jpg    Sa2VA's copy has no level JPEGImages
 
-exp holds the words, anno_id the annotations of the objects, and type_id counts KINDS. A few masks do not have
-the size of their frames. They are resized, and `check` names them.
+exp holds the words, anno_id the annotations of the objects, and type_id is an index into KINDS. A few masks
+do not have the size of their frames. They are resized, and `check` names them.
 
 The official metric: J, F, accuracy A and robustness R of each expression, rounded to two decimals before they
 are averaged. Overall is the mean of referring and reasoning. Quirks: A and R are computed in bytes, and the
-official script gives up over a mask that does not have the size of its frame. See `score_revos`.
+official script fails for a mask that does not have the size of its frame. See `score_revos`.
+
 Letters: O objects, T frames, H W pixels.
 """
 import itertools
@@ -33,7 +34,7 @@ COLUMNS = ("J", "F", "A", "R", "A_x255", "R_x255")
 def read_revos(root: str, split: str) -> list[Sample]:
     """Samples of a split. Raises BadInput or FileNotFoundError that names what is malformed or missing.
 
-    extra["foreground"]  () -> bool [1, T, H, W]: all objects that any expression of the video means
+    extra["foreground"]  () -> bool [1, T, H, W]: the union of all objects that the video's expressions name
     """
     meta = f"{root}/meta_expressions_{split}_.json"
     mask_file = f"{root}/mask_dict.json"
@@ -47,7 +48,7 @@ def read_revos(root: str, split: str) -> list[Sample]:
             raise BadInput(f"type_id {type_id} is none of 0, 1, 2 in {where}")
         sample.kind = KINDS[type_id]
         if sample.kind == "hallucination":
-            # It names no object, and that is no fault.
+            # A hallucination names no object on purpose.
             sample.fault = ""
         ids = used.setdefault(sample.video, {})
         ids.update(dict.fromkeys(sample.ids))
@@ -62,15 +63,15 @@ def read_revos(root: str, split: str) -> list[Sample]:
 def score_revos(sample: Sample, true, pred) -> dict:
     """J, F, A and R of one expression, in per cent, each rounded to two decimals.
 
-    A is the share of pixels that are right. R is 1 - (predicted pixels beside the target) / (foreground
-    pixels), at least 0. The official script computes both in bytes, from the number of target objects at
-    each pixel:
+    A is the share of right pixels. R is 1 - (predicted pixels outside the target) / (foreground pixels), at
+    least 0. The official script computes both in bytes, from the number of target objects at each pixel:
 
     * Where two objects overlap, the number is 2. It equals no prediction, and weighs 1 - 2 = 255 in R.
     * In a prediction of 0 and 255, the usual one, no target pixel is right in A, and a wrong pixel counts 255
-      times in R. Published values look to be of this kind: the columns `_x255`. A and R take 255 for 1.
+      times in R. Published values seem to be computed so: the columns `_x255`. The columns A and R read 255
+      as 1.
 
-    Raises BadInput where a mask was resized: the official script gives up over it.
+    Raises BadInput where a mask was resized, because the official script fails there.
     """
     if pred is None:
         return dict.fromkeys(COLUMNS, 0.0)
@@ -91,9 +92,10 @@ def score_revos(sample: Sample, true, pred) -> dict:
 
 
 def revos_subsets(rows: list[dict]) -> dict:
-    """Means of each subset. Overall is the mean of referring and reasoning, whatever their numbers of
-    expressions; it is None where one of them has none. Hallucination is in no other subset. Single and
-    multi, by the number of objects, are not in the official script.
+    """Means of each subset. Overall is the mean of referring and reasoning, None if one has no expressions.
+
+    Hallucination is in no other subset. Single and multi, by the number of objects, are not in the official
+    script.
     """
     plain = [row for row in rows if row["kind"] != "hallucination"]
     subsets = {

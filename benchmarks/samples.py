@@ -1,9 +1,10 @@
 """What a benchmark is, what a sample of it is, and what the readers of several benchmarks share.
 
-    Benchmark.read -> Samples, of which no video or mask is read yet -> load -> Clip
+    Benchmark.read -> Samples, whose videos and masks are still unread -> load -> Clip
 
-A small file that cannot be read is an error at once. What is wrong with one sample is its `fault`, or an
-error of `load` or `read_masks` that begins with the sample's name.
+If a small file cannot be read, that is an error at once. If something is wrong with one sample, its `fault`
+says so, or `load` or `read_masks` raises an error that begins with the sample's name.
+
 Letters: O objects, T frames, H W pixels.
 """
 import glob
@@ -33,25 +34,25 @@ class Sample:
     expression: str            # id of the query within the video
     query: str
     kind: str                  # subset for the tables
-    names: Sequence            # of the frames, as predictions are to be named; none for a video file
+    names: Sequence            # of the frames, and so of the predicted masks; empty for a video file
     pictures: list             # paths of the frames, or one path of a video file
     # (indices=None) -> bool [O, T, H, W] of these frames, or of all; None where the masks are not public.
     read_masks: Callable | None = None
     sound: str | None = None   # path of a wav, or of a video file with a soundtrack
     # As Clip.truth. "size": (H, W) that the picture must have.
     truth: dict = field(default_factory=dict)
-    fault: str = ""            # why not to train on it, where the small files say so
+    fault: str = ""            # why it is not trained on, if the small files tell
     fps: float = FPS           # of `pictures`
-    objects: int = 0           # how many are the target
-    # Of the target's objects. Samples of a video with the same ids share their masks.
+    objects: int = 0           # how many objects the target has
+    # Ids of the target's objects. Samples of a video with the same ids share their masks.
     ids: tuple = ()
-    folder: str = ""           # of the prediction; "": the video's name
+    folder: str = ""           # folder of the prediction; "": the video's name
     scored: list | None = None   # names of the frames that count; None: all
-    # Faults that reading the masks mended.
+    # Faults that were repaired while the masks were read.
     mended: set = field(default_factory=set)
     read_picture: Callable = read_image   # path -> RGB picture
     make: Callable | None = None          # () -> Clip, of a sample that no file holds
-    # What only the benchmark's own file reads.
+    # Values that only the benchmark's own file uses.
     extra: dict = field(default_factory=dict)
 
     @property
@@ -61,30 +62,31 @@ class Sample:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All that the programs know of a benchmark: the last lines of its file, after the functions it names."""
+    """All that the programs know of a benchmark. It stands at the end of the benchmark's file."""
     name: str
     folder: str                # under --data_root; "" where nothing is read
     splits: tuple
     read: Callable             # (root, split) -> list of Samples
     aliases: tuple = ()        # other names of it in --data
     tested: str = ""           # splits that are evaluated, by commas; "": it is only trained on
-    task: str = ""             # asked at evaluation in place of the sample's own
+    task: str = ""             # the task at evaluation, if not the sample's own
     usual: int | None = None   # how many samples are evaluated without --limit; None: all
-    # (sample, true [O, T, H, W] or None, pred [T, H, W] or None) -> values of one sample.
-    # None stands for what is missing or cannot be read.
+    # (sample, true, pred) -> values of one sample. true is [O, T, H, W], pred is [T, H, W], and each is None
+    # if it is missing or cannot be read.
     score: Callable = score_video
     # rows -> {subset: {column: value, "expressions": count}}. A row holds the values of one sample.
     subsets: Callable = by_kind
-    # (samples, source, rows) -> more subsets, for metrics that need all predictions of a video together.
+    # (samples, source, rows) -> more subsets, for metrics that need all predictions of a video together. The
+    # source of predictions is that of benchmarks/predictions.py.
     joint: Callable | None = None
     columns: tuple = ("J", "F", "J&F")
-    # Of columns that do not have 2.
+    # {column: its decimals in the table}, for columns that do not have 2.
     decimals: dict = field(default_factory=dict)
     worst: str = "0"           # what a missing prediction scores, in words
-    paired: str = "J&F"        # value of a row that --against compares
+    paired: str = "J&F"        # the value of a sample that --against compares
     # (samples, seed) -> those that are trained on; None: all.
     choose: Callable | None = None
-    # An epoch visits each video once, under any of its expressions; else each sample.
+    # An epoch visits each video once, under one random expression. False: each sample once.
     per_video: bool = True
     archive: str = "Annotations"   # top folder of the server's zip
     # (out, samples, readable) writes more official files.
@@ -97,9 +99,9 @@ class Benchmark:
 def load(sample: Sample, most_objects=None, most_frames=None, whole_sound=False) -> Clip:
     """The Clip of a sample, shown at 2 frames a second, its frames still unread.
 
-    most_objects  more objects are an error: without some of them a right answer would count as wrong
-    most_frames   only so many frames, evenly spaced, and only their masks are decoded
-    whole_sound   a sound that ends before its video is an error
+    most_objects  with more objects than this, BadInput
+    most_frames   at most so many frames, evenly spaced; only their masks are decoded
+    whole_sound   whether a sound that ends before its video is an error
     Raises BadInput that names the sample and the file at fault.
     """
     if most_objects and sample.objects > most_objects:
@@ -126,7 +128,7 @@ def load(sample: Sample, most_objects=None, most_frames=None, whole_sound=False)
 
 
 def named(sample: Sample, read: Callable, *arguments):
-    """read(*arguments); its errors become BadInput that begins with the sample's name."""
+    """read(*arguments). Its errors become BadInput, with the sample's name at the beginning."""
     try:
         if not sample.pictures:
             raise BadInput("no frames")
@@ -136,7 +138,7 @@ def named(sample: Sample, read: Callable, *arguments):
 
 
 def with_masks(sample: Sample, read: Callable, *arguments) -> Sample:
-    """The sample, whose read_masks(indices) is now read(*arguments, indices)."""
+    """Makes read(*arguments, indices) the sample's read_masks(indices). Returns the sample."""
     sample.read_masks = partial(named, sample, read, *arguments)
     return sample
 
@@ -174,7 +176,7 @@ def fitting_masks(sample: Sample, indices: Sequence | None = None) -> np.ndarray
 
 # ---- small files -----------------------------------------------------------------------------------
 def require(record, key, where: str, kind=object):
-    """record[key] of a JSON object. Raises BadInput that says where it is missing or not of this kind."""
+    """record[key] of a JSON object. Raises BadInput that says where it is missing or of another type."""
     if not isinstance(record, dict) or key not in record:
         raise BadInput(f"no {key!r} in {where}")
     if not isinstance(record[key], kind):
@@ -197,8 +199,8 @@ def expressions(path: str, *folders: str) -> Iterator[tuple]:
     where     the expression's place in the file, for messages
     record    the video's entry in the file
     names     of the video's frames
-    pictures  paths of the frames, in that one of `folders` that has the video
-    The expressions of a video share the lists: ReVOS would otherwise hold millions of paths.
+    pictures  paths of the frames, in the first of `folders` that has the video
+    The expressions of a video share these lists. Otherwise ReVOS would need millions of paths in memory.
     """
     videos = require(read_json(path), "videos", path, dict)
     for video, record in videos.items():
@@ -208,7 +210,7 @@ def expressions(path: str, *folders: str) -> Iterator[tuple]:
         places = [os.path.join(folder, video) for folder in folders]
         place = next(filter(os.path.isdir, places), places[0])
         pictures = [os.path.join(place, f"{name}.jpg") for name in names]
-        # A dict is keyed by the expression's id; in a list, each expression holds its own.
+        # The keys of a dict are the expressions' ids. In a list, each expression holds its own id.
         if isinstance(entries, dict):
             entries = entries.items()
         else:
@@ -266,17 +268,18 @@ def decompressed(counts: str, where: str) -> np.ndarray:
     """The runs that COCO's compressed form encodes.
 
     A number is a few characters, the lowest bits first. A character holds 6 bits: five of the number, and one
-    that says whether the number goes on. From the fourth on, a number is the difference to the last but one.
+    that says whether another character follows. From the fourth number on, each is the difference to the
+    number two places before.
     """
     bits = np.frombuffer(counts.encode(), np.uint8)
     bits = bits.astype(np.int64) - 48
     if len(bits) == 0 or bits[-1] >= 32 or bits.min() < 0 or bits.max() > 63:
         raise BadInput(f"malformed counts in {where}")
-    # Of each number: its last character, its first, how many they are.
+    # For each number: its last character, its first, and how many it has.
     last = np.flatnonzero(bits < 32)
     first = np.r_[0, last[:-1] + 1]
     lengths = last - first + 1
-    # Of each character: by how much its bits are shifted within the number.
+    # For each character: by how much its bits are shifted within the number.
     shift = 5 * (np.arange(len(bits)) - np.repeat(first, lengths))
     runs = np.add.reduceat((bits & 31) << shift, first)
     # Two's complement: the highest bit of a number is its sign.
@@ -291,10 +294,10 @@ def rle_masks(sample: Sample, ids, path: str, table: dict, union: bool, mend: bo
               indices=None) -> np.ndarray:
     """bool [O, T, H, W] of annotations, for all frames or these indices.
 
-    A null in the table is an empty mask. Without ids there is one empty object.
-    ids    of the annotations in `table`, the contents of the file `path`
+    A null in the table is an empty mask. Without ids there is one object with empty masks.
+    ids    keys of the annotations in `table`, which holds the contents of the file `path`
     union  O is 1: the union of all ids
-    mend   a mask of another size than the frame is resized, and noted in sample.mended; else it is an error
+    mend   resize a mask of another size than its frame, and note it in sample.mended; else raise BadInput
     """
     width, height = sample.read_picture(sample.pictures[0]).size
     if indices is None:
@@ -322,7 +325,7 @@ def rle_masks(sample: Sample, ids, path: str, table: dict, union: bool, mend: bo
 
 
 def read_labels(paths: list, grey=False, indices=None) -> np.ndarray:
-    """uint8 [T, H, W] of mask pictures: a palette's indices, or with `grey` how light each pixel is."""
+    """uint8 [T, H, W] of mask pictures: the indices of a palette, or with `grey` the brightness."""
     if indices is not None:
         paths = [paths[index] for index in indices]
     labels = []
@@ -356,7 +359,7 @@ def polygon_mask(corners: list, height: int, width: int) -> np.ndarray:
     Equals OpenCV's fillPoly with polylines, pixel for pixel, as long as the corners are inside the picture.
     """
     mask = np.zeros((height, width), bool)
-    # (y, x) where the outline crosses a row.
+    # (y, x) of each point where the outline crosses a row.
     crossings = []
     for a, b in zip(corners, corners[1:] + corners[:1]):
         x, y = line_pixels(min(a, b), max(a, b))
@@ -385,7 +388,7 @@ def line_pixels(left, right):
     down = 1 if right[1] > y else -1
     along = np.arange(max(dx, dy) + 1)
     steps = max(dx, dy, 1)
-    # Rounded, halves down.
+    # The quotient, rounded; halves are rounded down.
     aside = (2 * along * min(dx, dy) + steps - 1) // (2 * steps)
     if dx >= dy:
         return x + along, y + down * aside

@@ -1,7 +1,7 @@
-"""The toy world: shapes that move, enter, leave, hide each other, grow, shrink, and sound. No file holds it.
+"""The toy world: shapes that move, enter, leave, hide each other, grow, shrink, and sound. It has no files.
 
-Everything of a clip follows from its split and its index. A colour has a pitch and a shape has a timbre, so
-that the sound tells which object makes it. The splits:
+A clip is made from its split and its index alone. Each colour has a pitch and each shape a timbre, so that
+the sound tells which object makes it. The splits:
 
     train   8 to 16 frames
     test    the same distribution
@@ -70,7 +70,7 @@ class Scene:
     things: list           # O things in the order in which they are drawn: later ones hide earlier ones
     pictures: np.ndarray   # uint8 [T, H, W, 3]
     masks: np.ndarray      # bool [O, T, H, W], the visible parts
-    sounding: int | None   # which thing sounds while some of it is seen
+    sounding: int | None   # number of the thing that sounds while some of it is visible
 
     @property
     def sound(self) -> np.ndarray:
@@ -131,8 +131,8 @@ def toy_scene(split: str, index: int) -> Scene:
 
 
 def draw_thing(rng, T, colour, shape):
-    """A thing that stays, enters, leaves, or visits: enters and leaves again."""
-    # Walls for its centre: half of it may be outside.
+    """A thing that stays, enters, leaves, or visits, which is to enter and leave again."""
+    # The centre stays between these walls, so half of the thing may be outside.
     low = 4
     high = CANVAS - 4
     way = rng.choice(["stay", "enter", "leave", "visit"], p=[0.1, 0.65, 0.15, 0.1])
@@ -141,7 +141,7 @@ def draw_thing(rng, T, colour, shape):
     first = int(rng.integers(1, T - 4))
     length = int(rng.integers(3, min(T // 2, T - 1 - first) + 1))
 
-    # [T] frames since it crossed the edge, or until it does; negative while it is off stage.
+    # [T] frames since it crossed the edge, or until it will. Negative while it is off stage.
     if way == "stay":
         since = steps
     elif way == "enter":
@@ -156,7 +156,7 @@ def draw_thing(rng, T, colour, shape):
     velocity = speed * np.array([np.cos(angle), np.sin(angle)])
     start = rng.uniform(low + 14, high - 14, 2)
     if way != "stay":
-        # It crosses one of four edges, at 4 pixels a frame or more.
+        # It crosses one of the four edges, with at least 4 pixels a frame.
         axis = rng.integers(2)
         side = rng.integers(2)
         inward = max(abs(velocity[axis]), 4)
@@ -196,7 +196,7 @@ def inside(shape, x, y, r):
 
 # ---- queries ---------------------------------------------------------------------------------------
 def toy_queries(scene: Scene) -> list[tuple]:
-    """[(kind, query, index of the thing, None for null)]: every query with exactly one right answer."""
+    """[(kind, query, index of the thing or None)]: all queries with one right answer. None: null."""
     queries = looks(scene)
     queries += superlatives(scene)
     query = "the object that makes the sound"
@@ -225,14 +225,14 @@ def looks(scene):
 
 
 def superlatives(scene):
-    """Reasoning queries: the thing of the highest score, where it leads by 1 or more."""
+    """Reasoning queries: the thing with the highest score, if the score is 1 or more above the second."""
     things = scene.things
     seen = scene.masks.any(axis=(2, 3))
     T = seen.shape[1]
-    # [O] first and last frame on which each thing is seen, T and -1 for never.
+    # [O] first and last frame on which each thing is visible; T and -1 if it never is.
     first = np.where(seen.any(1), seen.argmax(1), T)
     last = np.where(seen.any(1), T - 1 - seen[:, ::-1].argmax(1), -1)
-    # [O] growth in pixels while it is seen.
+    # [O] growth of the radius, in pixels, from the first to the last of these frames.
     grown = []
     for thing, start, end in zip(things, first, last):
         grown.append(thing.radius[end] - thing.radius[min(start, T - 1)])
@@ -258,7 +258,7 @@ def superlatives(scene):
 def absences(scene):
     """Null queries: every third pair of colour and shape that the scene lacks.
 
-    Not those of UNSEEN_PAIRS: training must not teach that they never exist.
+    Those of UNSEEN_PAIRS are left out: training must not teach that they never exist.
     """
     names = {thing.name for thing in scene.things}
     queries = []
@@ -310,13 +310,13 @@ def scene_clip(scene: Scene, name: str, kind: str, query: str, target: int | Non
 # ---- the benchmark ---------------------------------------------------------------------------------
 @dataclass
 class ToySample(Sample):
-    """A sample whose query, kind and names follow from its clip: set when one of them is first asked for."""
+    """A sample whose query, kind and names come from its clip. The first read of one sets all."""
     query: str = field(init=False)
     kind: str = field(init=False)
     names: list = field(init=False)
 
     def __getattr__(self, attribute):
-        # Python calls this only for what is not set.
+        # Python calls this only for attributes that are not set.
         if attribute not in ("query", "kind", "names"):
             raise AttributeError(attribute)
         clip = self.make()
@@ -328,7 +328,7 @@ class ToySample(Sample):
 
 @lru_cache(maxsize=16)
 def recent_clip(split, index):
-    """toy_clip, made once for all that is asked of a sample in a row."""
+    """toy_clip, made once for several reads of a sample in a row."""
     return toy_clip(split, index)
 
 
@@ -342,7 +342,7 @@ def read_toy(root: str, split: str) -> list[Sample]:
     """The samples of a split; nothing is rendered yet."""
     count = 100_000 if split == "train" else 1000
     samples = []
-    # There is no garbage, and looking for it would take most of the time.
+    # Nothing is garbage here, but the search for it would take most of the time.
     gc.disable()
     for index in range(count):
         make = partial(recent_clip, split, index)

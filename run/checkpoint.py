@@ -118,7 +118,7 @@ def restore(checkpoint: Path, policy: Thinker, optimizer: torch.optim.Optimizer,
         del state["random"]
     try:
         dcp.load(state, checkpoint_id=checkpoint / "state")
-    # AssertionError: the folder is missing.
+    # An AssertionError means that there is no state at all.
     except (dcp.api.CheckpointException, AssertionError):
         raise BadInput(f"{checkpoint}/state is damaged or incomplete; once {checkpoint} is removed, the same "
                        f"command continues from the checkpoint before") from None

@@ -3,7 +3,7 @@
     training_sources -> Sources -> epoch_plan -> TrainingItems -> sample_loader -> take_items
     -> (clip, inputs, seed)
 
-Everything follows from the run's seed and a clip's number in the run. The number of processes changes nothing.
+Everything follows from the run's seed and a clip's number in the run, whatever the number of processes.
 """
 import gc
 import os
@@ -84,7 +84,7 @@ def training_samples(benchmark: Benchmark, root: str, seed: int) -> tuple[list[S
 
 
 def read_any(samples: list[Sample], rng, frames: tuple[int, int]) -> Clip:
-    """The Clip of a random sample. frames: (least, most); a number in between is drawn, and bounds its frames."""
+    """The Clip of a random sample. It has at most a random number of frames from the range (least, most)."""
     sample = samples[rng.integers(len(samples))]
     least, most = frames
     if least < most:

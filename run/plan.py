@@ -168,7 +168,7 @@ def number_bytes(settings) -> int:
 
 
 def print_plan(settings, worlds: list[int]) -> None:
-    """Prints GB on each device in each phase: a line for each number of processes, then the parts of the last."""
+    """Prints GB on each device in each phase, a line for each number of processes, and parts of the last."""
     for world in worlds:
         plan = memory_plan(settings, world)
         totals = {phase: sum(parts.values()) / 1e9 for phase, parts in plan.items()}

@@ -50,8 +50,8 @@ def sums_over_processes(values: dict, device: torch.device) -> dict[str, float]:
 def shard(thinker: Thinker, dtype: torch.dtype, device: torch.device, hybrid: bool = True) -> None:
     """Shards the language model's weights over all processes (FSDP2).
 
-    They are float32 at rest and `dtype` in computation. The frozen towers are left out and stay whole on every
-    process: a process whose clip has no sound does not run the audio tower, and the others must not wait for it.
+    They are float32 at rest and `dtype` in computation. The frozen towers are left out and stay whole on
+    every process: one whose clip has no sound does not run the audio tower, and no other must wait for it.
     hybrid: on several nodes each node holds all shards, and only gradients pass between nodes.
     """
     towers = {*thinker.visual.parameters(), *thinker.audio_tower.parameters()}
@@ -117,8 +117,8 @@ def rest_on_host(thinker: Thinker, device: torch.device) -> Callable:
 def guard(watch, out: str, minutes: float, rank: int, world: int):
     """Ends this process with one line when a phase of the `watch` lasts longer than `minutes`.
 
-    If one process hangs, all others wait silently. Each writes its phase to OUT/phases/RANK, so that the first
-    one to end, often the one that hangs, can say where the others are.
+    If one process hangs, all others wait silently. Each writes its phase to OUT/phases/RANK, so that the
+    first one to end, often the one that hangs, can say where the others are.
     """
     over = threading.Event()
     folder = Path(out, "phases")

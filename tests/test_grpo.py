@@ -157,7 +157,8 @@ def test_padding_of_any_value_is_out_of_the_loss():
     logp, A, mask, old, reference = random_tensors()
     expected, expected_sums = policy_loss(logp, A, mask, old, reference)
 
-    wild_logp = torch.where(mask > 0, logp, -200.0).requires_grad_()
+    wild_logp = torch.where(mask > 0, logp, -200.0)
+    wild_logp.requires_grad_()
     wild_old = torch.where(mask > 0, old, -1.0)
     wild_reference = torch.where(mask > 0, reference, -5.0)
     loss, sums = policy_loss(wild_logp, A, mask, wild_old, wild_reference)
@@ -277,7 +278,8 @@ def test_models_are_asked_only_where_all_their_weights_are(systems, monkeypatch)
         policy_whole=door("policy"),
         reference_awake=door("reference"))
     settings = settings_of("--group", 2)
-    group, = collected(guarded, [toy_clip("train", 3)], [11], settings)
+    clip = toy_clip("train", 3)
+    group, = collected(guarded, [clip], [11], settings)
     assert asked == {generate, logprobs, nothing_found}
     assert not inside
     # Nothing that System 2 does not find has a mask.
@@ -292,7 +294,8 @@ def test_what_has_no_weight_is_not_computed(systems, monkeypatch):
     monkeypatch.setattr(grpo, "track_groups", refuse)
     monkeypatch.setattr(systems.reference, "logprobs", refuse)
     settings = settings_of("--group", 2, "--beta", 0, "--consistency", 0)
-    group, = collected(systems, [toy_clip("train", 3)], [11], settings)
+    clip = toy_clip("train", 3)
+    group, = collected(systems, [clip], [11], settings)
     assert group.reference_logp is None
 
 

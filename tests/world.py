@@ -159,8 +159,7 @@ def run_program(program, *arguments, processes=0):
     """A program as users start it, under torchrun if `processes` is given."""
     launcher = []
     if processes:
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        launcher += ["--master_port", "29611"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *launcher, str(ROOT / program), "--device", "cpu", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
