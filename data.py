@@ -165,7 +165,7 @@ class Clip:
     task: str = "vos"                  # a name in TASKS
     # "image": box and points in source pixels; "qa": type, options, solution.
     truth: dict = field(default_factory=dict)
-    fault: str = ""                    # why the clip could not be read, where a blank one stands in for it
+    fault: str = ""                    # why the clip could not be read; this one is blank then
     size: tuple = field(init=False)    # (H, W) of the source
 
     def __post_init__(self):
@@ -195,7 +195,7 @@ def spread(T: int, most: int) -> list[int]:
 
 
 # ---- reading what a model wrote --------------------------------------------------------------------
-# Nothing here raises, whatever the text, and everything is linear in its length. A policy in training writes
+# Nothing here raises for any text, and everything is linear in its length. A policy in training writes
 # anything: one bad completion costs its reward, not the run.
 
 NULL = "null"      # the whole answer, in every task, that says there is no such object
@@ -638,7 +638,8 @@ class Processor:
         if like is None:
             patches, grid = self.to_patches(resize(image, height, width)[None])
         else:
-            patches, grid = like.patches, like.grid
+            patches = like.patches
+            grid = like.grid
         inputs = self.assemble(messages, patches, grid, 1.0, self.spectrogram(sound))
         inputs.scale = (image.size[0] / width, image.size[1] / height)
         return inputs
@@ -750,7 +751,7 @@ class Processor:
     def interleave(self, grid, seconds, mel):
         """Video and sound take turns, a chunk of `self.chunk` positions each.
 
-        The text goes on after the last chunk, as in transformers.
+        The text continues after the last chunk, as in transformers.
         """
         video_ids, video_where, _ = self.place_vision(grid, self.video, seconds)
         sound_ids, sound_where, _ = self.place_sound(mel)

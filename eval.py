@@ -44,7 +44,7 @@ from benchmarks.predictions import (
 from benchmarks.samples import Benchmark, Sample, load
 from data import BadInput, Parser, at_least, fail, read_json, reading, true_or_false
 from rewards import format_reward
-from segment import add_model_options, load_models, segment
+from segment import add_model_options, load_models, reference_folder, segment
 
 ANSWER_COLUMNS = ("visible", "format")
 
@@ -107,8 +107,9 @@ def run_claim(options, benchmark, root) -> dict:
         sam2_weights=os.path.realpath(options.sam2_weights))
     for name in ("system2", "frames", "video_tokens", "image_tokens", "max_new_tokens"):
         claim[name] = getattr(options, name)
-    if options.system2.startswith("reference "):
-        claim["system2_weights"] = fingerprint(options.system2.removeprefix("reference "))
+    folder = reference_folder(options.system2)
+    if folder:
+        claim["system2_weights"] = fingerprint(folder)
     return claim
 
 

@@ -140,7 +140,9 @@ class Cache:
 
     def __init__(self, lengths, n, room, config, like):
         """lengths: prefix tokens of each prompt. room: most tokens of a row. config: the language model's.
-        like: any tensor of the dtype and device wanted."""
+
+        like: any tensor of the dtype and device wanted.
+        """
         self.n = n
         self.span = 0  # own tokens that a step looks at
         B = len(lengths)

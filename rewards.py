@@ -220,8 +220,7 @@ def saliency_term(masks: np.ndarray, frames: list[int]) -> float:
 
 
 def alignment_term(masks: np.ndarray, boxes: Boxes) -> float:
-    """R_A: mean IoU over the visible objects of all keyframes, under each frame's best one-to-one assignment.
-    """
+    """R_A: mean IoU over the visible objects of all keyframes, each frame's boxes assigned to them best."""
     total = 0.0
     pairs = 0
     for frame, predicted in boxes.items():

@@ -174,6 +174,11 @@ def to_source(box: Box, scale: tuple, size: tuple) -> Box:
     return tuple(min(max(value * s, 0.0), limit) for value, s, limit in zip(box, scale * 2, limits))
 
 
+def reference_folder(name: str) -> str:
+    """DIR of a System 2 by the name "reference DIR"; "" of any other."""
+    return name.removeprefix("reference ") if name.startswith("reference ") else ""
+
+
 def load_system2(name: str, policy: Thinker, processor: Processor, dtype: torch.dtype, device) -> System2:
     """System 2 by its name: "policy", "reference DIR" (another Thinker) or "FILE.py" (see `plugged`).
 
@@ -181,8 +186,9 @@ def load_system2(name: str, policy: Thinker, processor: Processor, dtype: torch.
     """
     if name == "policy":
         return thinker_system2(policy, processor)
-    if name.startswith("reference "):
-        reference = Thinker.from_pretrained(name.removeprefix("reference "), dtype, device)
+    folder = reference_folder(name)
+    if folder:
+        reference = Thinker.from_pretrained(folder, dtype, device)
         return thinker_system2(reference, processor)
     if name.endswith(".py"):
         return plugged(name)
@@ -303,7 +309,7 @@ class Tracker:
         try:
             saved = dict(torch.load(weights, map_location="cpu", weights_only=True))
             model.load_state_dict(saved["model"])
-        # torch trips over malformed files in many ways.
+        # torch raises many kinds of errors over malformed files.
         except Exception as error:
             message = f"not the SAM2 weights of config {config}: {weights} ({one_line(error)})"
             raise BadInput(message) from None
@@ -636,7 +642,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--policy", default=TOY_POLICY, help="directory of a Thinker, or of a full Qwen2.5-Omni")
     add("--system2", nargs="+", action=JoinWords, default="policy", metavar="WHO",
         help="who grounds: policy, reference DIR (another Thinker), or FILE.py with a function boxes")
-    add("--sam2", help="config, a yaml file or a name inside the package sam2; default: as the weights tell")
+    add("--sam2", help="config, a yaml file or a name inside the package sam2; default: by the weights")
     add("--sam2_weights", default=TOY_SAM2)
     add("--frames", type=at_least(1), default=MOST_FRAMES, help="most frames of a clip that System 1 sees")
     add("--video_tokens", type=at_least(0), default=0, help="visual tokens of a frame; 0: the policy's own")
@@ -668,14 +674,12 @@ def write_result(out, clip: Clip, result: Segmented) -> None:
     pictures = []
     for t, mask in enumerate(result.masks):
         Image.fromarray(mask.astype(np.uint8) * 255).save(out / f"masks/{t:05d}.png")
-        picture = overlay(clip.frames[t], mask, result.boxes.get(t, ()))
-        pictures.append(picture)
+        pictures.append(overlay(clip.frames[t], mask, result.boxes.get(t, ())))
     write_animation(out / "overlay.webp", pictures, clip.fps)
 
     keyframes = []
     for t, description in result.keyframes.items():
-        time = t / clip.fps
-        keyframes.append(dict(frame=t, time=time, description=description, boxes=result.boxes[t]))
+        keyframes.append(dict(frame=t, time=t / clip.fps, description=description, boxes=result.boxes[t]))
     answer = dict(
         clip=clip.name,
         query=clip.query,

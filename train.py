@@ -42,7 +42,7 @@ from segment import TOY_POLICY, TOY_SAM2, Tracker, ground, load_system2
 
 # Figures of a step that are shown beside the progress bar.
 SHOWN = ("reward", "consistency", "kl", "decode_tokens_per_s", "update_tokens_per_s", "memory_gb")
-# Steps in a row with a non-finite gradient before a run gives up.
+# Steps in a row with a non-finite gradient after which a run ends.
 PATIENCE = 5
 
 
@@ -62,20 +62,14 @@ class Settings:
         "auto: a run of that name that was cut off is continued; never: the name must be new",
         choices=["auto", "never"], resumable=True,
     )
-    policy: str = setting(
-        TOY_POLICY,
-        "directory of a Thinker or a full Qwen2.5-Omni; its copy is the reference",
-    )
+    policy: str = setting(TOY_POLICY, "directory of a Thinker or Qwen2.5-Omni; its copy is the reference")
     system2: str = setting(
         "policy",
         "who grounds: policy (the reference), reference DIR (another Thinker), or FILE.py with a function "
         "boxes",
         words=True,
     )
-    sam2: str = setting(
-        "",
-        "SAM2 config, a yaml file or a name inside the package sam2; empty: as the weights tell",
-    )
+    sam2: str = setting("", "SAM2 config: a yaml file, or a name in the package sam2; empty: by the weights")
     sam2_weights: str = setting(TOY_SAM2, "SAM2 weights, a .pt file")
     data: str = setting("toy", f"datasets, by commas: {', '.join(trained_names())}")
     validate: int = setting(
@@ -84,11 +78,8 @@ class Settings:
         "and the best checkpoint stays",
         least=0,
     )
-    data_root: str = setting(
-        ".",
-        "folder that holds one folder per dataset; one that lies elsewhere: --revos_root DIR, ...",
-    )
-    roots: dict = field(default_factory=dict)    # folder of a dataset: where it lies, of those given apart
+    data_root: str = setting(".", "holds one folder per dataset; for one elsewhere: --revos_root DIR, ...")
+    roots: dict = field(default_factory=dict)    # {folder of a dataset: where it is}, from --revos_root DIR, ...
     seed: int = setting(0, "of data order, example times and sampling", least=0)
     # What the two systems see
     frames: str = setting(
@@ -96,23 +87,11 @@ class Settings:
         "frames of a clip in training, at least and at most; their number is drawn for each sample",
         check=(frame_range, "one number, or two by a comma, the smaller one first"),
     )
-    video_tokens: int = setting(
-        0,
-        "visual tokens of a frame that System 1 sees; 0: the policy's own, else 128",
-        least=0,
-    )
-    image_tokens: int = setting(
-        0,
-        "visual tokens of a picture, such as those of System 2; 0: the policy's own, else 900",
-        least=0,
-    )
+    video_tokens: int = setting(0, "visual tokens of a video's frame; 0: the policy's own, else 128", least=0)
+    image_tokens: int = setting(0, "visual tokens of a picture; 0: the policy's own, else 900", least=0)
     # How long and how fast
     steps: int = setting(1000, "steps; each rolls out a batch and updates once", least=1, resumable=True)
-    batch: int = setting(
-        8,
-        "prompts rolled out at once, over all processes (published: 8, one a GPU)",
-        least=1,
-    )
+    batch: int = setting(8, "prompts rolled out at once, over all processes (published: 8)", least=1)
     accumulate: int = setting(1, "rollouts whose gradients add up to one step", least=1)
     updates: int = setting(1, "optimizer steps on a batch; with 1, no ratio is clipped", least=1)
     lr: float = setting(1e-6, "peak learning rate of AdamW", least=0)
@@ -140,18 +119,11 @@ class Settings:
     keyframe: float = setting(1.0, "a_k, weight of the number, length and overlap of keyframes")
     saliency: float = setting(0.0, "a_kr, weight of how large the target is on keyframes (first release: 1)")
     alignment: float = setting(1.0, "a_a, weight of System 2's boxes against the true ones")
-    consistency: float = setting(
-        2.0,
-        "a_g, weight of SAM2's masks against the true ones (first release: 0, masks are not made)",
-    )
+    consistency: float = setting(2.0, "a_g, weight of SAM2's masks against the true ones (first release: 0)")
     clip_reward: bool = setting(False, "whether the sum of the terms beside base is at least 0")
     length_control: bool = setting(False, "whether right completions of 320 to 750 tokens get +1")
     # Objective
-    beta: float = setting(
-        0.04,
-        "weight of the KL divergence from the reference; 0: no reference pass",
-        least=0,
-    )
+    beta: float = setting(0.04, "weight of the KL divergence from the reference; 0: not computed", least=0)
     kl: str = setting("k3", "estimate of the KL divergence", choices=["k1", "k2", "k3"])
     clip_low: float = setting(0.2, "the ratio is clipped at 1 - clip_low from below", least=0, most=1)
     clip_high: float = setting(0.2, "and at 1 + clip_high from above (clip-higher: 0.28)", least=0)

@@ -12,7 +12,7 @@ import torch
 
 from data import KEYFRAMES
 from model import HEAD_TOKENS, Thinker, add_adapters, read_config
-from segment import build_sam2, find_config
+from segment import build_sam2, find_config, reference_folder
 
 # ---- GPUs ------------------------------------------------------------------------------------------
 # GB of a device.
@@ -73,8 +73,9 @@ def memory_plan(settings, world: int) -> dict[str, dict[str, float]]:
     number_size = number_bytes(settings)
     sam2 = build_sam2(settings.sam2 or find_config(settings.sam2_weights))
     resting = resting_weights(settings, world, thinker, sam2)
-    if settings.system2.startswith("reference "):
-        system2 = without_memory(settings.system2.removeprefix("reference "))
+    folder = reference_folder(settings.system2)
+    if folder:
+        system2 = without_memory(folder)
         resting["System 2"] = count(system2) * number_size
 
     rollout = dict(resting)

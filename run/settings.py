@@ -49,7 +49,8 @@ def is_counts(text: str) -> bool:
 def frame_range(text: str) -> tuple[int, int]:
     """(least, most) frames of a clip: "8,24" -> (8, 24), "24" -> (24, 24). Raises ValueError for others."""
     numbers = [int(number) for number in text.split(",")]
-    least, most = numbers[0], numbers[-1]
+    least = numbers[0]
+    most = numbers[-1]
     if len(numbers) > 2 or not 1 <= least <= most:
         raise ValueError(f"no range of frames: {text}")
     return least, most

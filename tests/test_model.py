@@ -479,6 +479,10 @@ def test_top_k_and_top_p():
     assert truncate(probs, 0, 1e-6).equal(one)
     # 0.7 of the kept 0.9 is more than 0.75.
     assert truncate(probs, 3, 0.75).equal(two)
+    # A half is enough for a share of one half.
+    probs = torch.tensor([[0.25, 0.5, 0.25]])
+    half = torch.tensor([[0, 0.5, 0]])
+    assert truncate(probs, 0, 0.5).equal(half)
 
 
 @pytest.mark.parametrize("temperature, top_k, shares", [

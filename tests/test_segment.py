@@ -391,8 +391,8 @@ def predictor_logits(model, frames, objects, folder, monkeypatch):
 
 
 @torch.inference_mode()
-def tracker_logits(tracker, clips, last):
-    """What `track_clips` cuts at 0, of `last` objects of clips (frames, objects) -> [last, T, S, S].
+def tracker_logits(tracker, clips):
+    """What `track_clips` cuts at 0, for each clip (frames, objects) -> [N, T, S, S].
 
     Toy frames have the size that the toy model sees, so boxes need no scaling.
     """
@@ -405,15 +405,22 @@ def tracker_logits(tracker, clips, last):
         lengths += [len(frames)] * len(objects)
     videos = [frames for frames, _ in clips]
     features = FrameFeatures(tracker, videos, owner, boxes)
-    of_frames = []
+    of_clips = [[] for _ in clips]
     for t, (logits, _) in enumerate(tracker.run(features, boxes, lengths)):
-        # Objects whose clip has a frame t.
-        assert len(logits) == sum(T > t for T in lengths)
-        of_frames.append(logits[-last:])
-    assert len(of_frames) == max(lengths)
-    logits = torch.stack(of_frames, dim=1)
+        # Objects whose clip has a frame t, in the order of the clips.
+        present = [c for c, T in zip(owner, lengths) if T > t]
+        assert len(logits) == len(present)
+        for c in sorted(set(present)):
+            rows = [n for n, clip in enumerate(present) if clip == c]
+            of_clips[c].append(logits[rows])
+
     size = (tracker.side, tracker.side)
-    return F.interpolate(logits, size, mode="bilinear")
+    results = []
+    for video, of_frames in zip(videos, of_clips):
+        assert len(of_frames) == len(video)
+        logits = torch.stack(of_frames, dim=1)
+        results.append(F.interpolate(logits, size, mode="bilinear"))
+    return results
 
 
 def assert_same_masks(a, b):
@@ -438,7 +445,7 @@ def test_tracker_equals_the_predictor(tracker, tmp_path, monkeypatch, index, spl
     frames, objects = toy_prompts(index, split, T)
     slow = predictor_logits(tracker.model, frames, objects, tmp_path, monkeypatch)
     assert slow.shape[:2] == (len(PROMPTS), len(frames))
-    found = tracker_logits(tracker, [(frames, objects)], len(objects))
+    found, = tracker_logits(tracker, [(frames, objects)])
     assert_same_logits(found, slow)
     masks = tracker.track(frames, objects)
     assert masks.any()
@@ -473,12 +480,10 @@ def test_clips_of_several_lengths_and_sizes_are_tracked_together_as_each_alone(t
 
 
 def test_lengths_of_other_clips_are_out_of_the_code_of_time(tracker):
-    short = toy_prompts(3)
-    long = toy_prompts(4, "long", 12)
-    last = len(PROMPTS)
-    together = tracker_logits(tracker, [short, long], last)
-    alone = tracker_logits(tracker, [long], last)
-    assert_same_logits(together, alone)
+    clips = [toy_prompts(3), toy_prompts(4, "long", 12)]
+    for clip, together in zip(clips, tracker_logits(tracker, clips)):
+        alone, = tracker_logits(tracker, [clip])
+        assert_same_logits(together, alone)
 
 
 def test_masks_have_the_size_of_the_source(tracker):
