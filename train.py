@@ -79,7 +79,7 @@ class Settings:
         least=0,
     )
     data_root: str = setting(".", "holds one folder per dataset; for one elsewhere: --revos_root DIR, ...")
-    roots: dict = field(default_factory=dict)    # {folder of a dataset: where it is}, from --revos_root DIR, ...
+    roots: dict = field(default_factory=dict)    # {folder of a dataset: where it is}: --revos_root DIR
     seed: int = setting(0, "of data order, example times and sampling", least=0)
     # What the two systems see
     frames: str = setting(

@@ -33,7 +33,13 @@ def start_processes(device: str, minutes: float = 30.0) -> tuple[int, int, torch
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=2 * minutes))
+        timeout = timedelta(minutes=2 * minutes)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun on one node keeps its store when it starts killed processes again. Without a name of its
+        # own the new start could read the addresses of dead processes there.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return dist.get_rank(), dist.get_world_size(), torch.device(device)

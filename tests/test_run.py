@@ -257,7 +257,8 @@ def test_told_to_end_a_run_saves_and_goes_on_with_another_number_of_processes(se
 
 
 def die_while_saving(rank):
-    """Dies in the middle of the second checkpoint: its state is written, the rest has not got its name yet."""
+    """Dies in the middle of the second checkpoint: its state is written, the rest has not got its name
+    yet."""
     save = run.checkpoint.dcp.save
     times = itertools.count(1)
 
