@@ -96,16 +96,13 @@ class Benchmark:
 
 
 # ---- reading a sample ------------------------------------------------------------------------------
-def load(sample: Sample, most_objects=None, most_frames=None, whole_sound=False) -> Clip:
+def load(sample: Sample, most_frames=None, whole_sound=False) -> Clip:
     """The Clip of a sample, shown at 2 frames a second, its frames still unread.
 
-    most_objects  with more objects than this, BadInput
     most_frames   at most so many frames, evenly spaced; only their masks are decoded
     whole_sound   whether a sound that ends before its video is an error
     Raises BadInput that names the sample and the file at fault.
     """
-    if most_objects and sample.objects > most_objects:
-        raise BadInput(f"{sample.name}: {sample.objects} objects, more than {most_objects}")
     if sample.make is not None:
         clip = sample.make()
         if most_frames:

@@ -393,9 +393,6 @@ def test_loading_some_frames_reads_their_masks_only(minis):
     view, indices = whole.sampled(5)
     assert np.array_equal(clip.masks, view.masks)
     assert np.array_equal(clip.frames[2], whole.frames[indices[2]])
-    message = re.escape(sample.name) + ": 2 objects, more than 1"
-    with pytest.raises(ValueError, match=message):
-        load(sample, most_objects=1)
 
 
 # ---- the toy world ---------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from data import (
     keyframes, own_boxes, parse_boxes, parse_moments, parse_time, prompt, prompt_inputs, spread,
     true_or_false)
 from rewards import format_reward
-from tests.world import SMALL_FILES, TOY, naming, noise_picture
+from tests.world import SMALL_FILES, TOY, answered, block, naming, noise_picture, said
 
 # Preprocessing of Qwen2.5-Omni-7B.
 REAL = dict(
@@ -717,18 +717,6 @@ def test_clip_without_masks_takes_its_size_from_the_first_frame():
 
 
 # ---- reading text ----------------------------------------------------------------------------------
-def block(start, end, description="a dog on the left"):
-    return json.dumps(dict(start_time=start, end_time=end, description=description))
-
-
-def answered(answer):
-    return f"<think>why</think>\n<answer>{answer}</answer>"
-
-
-def said(*blocks):
-    return answered(f"[{', '.join(blocks)}]")
-
-
 @pytest.mark.parametrize("text, reward", [
     ("<think>a</think><answer>b</answer>", 1),
     ("<think>a\nb</think> \n\t<answer>\n</answer>", 1),

@@ -21,6 +21,7 @@ from data import (
 from grpo import group_advantages
 from rewards import format_reward, parse_number, reward_terms, total_rewards
 from segment import to_source
+from tests.world import answered, block, said, single
 
 # A box around another object, and one as large as the image of 20 x 20.
 WRONG = (0, 0, 5, 5)
@@ -38,28 +39,6 @@ TRUE_POINTS = [(120, 150), (180, 150)]
 
 # Characters of the longest texts.
 HUGE = 100_000
-
-
-# ---- completions -----------------------------------------------------------------------------------
-def block(start, end, description="a dog on the left"):
-    """One moment of an answer."""
-    return json.dumps(dict(start_time=start, end_time=end, description=description))
-
-
-def single(frame):
-    """A moment of one frame."""
-    moment = f"00:{frame / 2:05.2f}"
-    return block(moment, moment)
-
-
-def answered(answer):
-    """A completion in the right format."""
-    return f"<think>why</think>\n<answer>{answer}</answer>"
-
-
-def said(*moments):
-    """A completion whose answer is a list of moments."""
-    return answered(f"[{', '.join(moments)}]")
 
 
 def pointed(box, first, second):

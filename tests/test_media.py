@@ -1,14 +1,11 @@
 """Media files: videos, folders of frames, pictures, sounds, and what is broken in them."""
-import io
-import struct
-
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import wavfile
 
 from benchmarks.media import open_video, read_image, read_sound
-from tests.world import naming, noise_picture
+from tests.world import jpeg, naming, noise_picture, write_avi
 
 
 # ---- reading pictures and videos -------------------------------------------------------------------
@@ -41,34 +38,6 @@ def test_pictures_of_every_mode_become_rgb(tmp_path):
         Image.new(mode, (5, 4)).save(file)
         picture = read_image(file)
         assert (picture.mode, picture.size) == ("RGB", (5, 4))
-
-
-def jpeg(picture):
-    file = io.BytesIO()
-    picture.save(file, "jpeg", quality=95)
-    return file.getvalue()
-
-
-def riff_chunk(tag, content):
-    padding = b"\0" * (len(content) % 2)
-    return tag + struct.pack("<I", len(content)) + content + padding
-
-
-def write_avi(path, size, jpegs, fps):
-    """A video file of encoded pictures."""
-    width, height = size
-    n = len(jpegs)
-    file_header = struct.pack("<14I", 1_000_000 // fps, 0, 0, 16, n, 0, 1, 0, width, height, 0, 0, 0, 0)
-    stream_header = b"vidsMJPG" + struct.pack("<10I4H", 0, 0, 0, 1, fps, 0, n, 0, 0, 0, 0, 0, width, height)
-    picture_form = struct.pack(
-        "<IiiHH4s5I", 40, width, height, 1, 24, b"MJPG", 3 * width * height, 0, 0, 0, 0)
-    stream = b"strl" + riff_chunk(b"strh", stream_header) + riff_chunk(b"strf", picture_form)
-    headers = b"hdrl" + riff_chunk(b"avih", file_header) + riff_chunk(b"LIST", stream)
-    pictures = b"movi"
-    for content in jpegs:
-        pictures += riff_chunk(b"00dc", content)
-    content = b"AVI " + riff_chunk(b"LIST", headers) + riff_chunk(b"LIST", pictures)
-    path.write_bytes(riff_chunk(b"RIFF", content))
 
 
 def test_video_file(tmp_path):

@@ -17,7 +17,7 @@ from rewards import (
     length_term, mask_box, number_term, overlap_term, parse_number, question_reward, region_similarity,
     reward_terms, total_rewards, vos_rewards)
 from run.settings import read_settings, setting
-from tests.world import settings_of
+from tests.world import answered, block, said, settings_of, single
 
 # The two true boxes of `scene`, corners inside the box.
 LEFT = (0, 2, 3, 4)
@@ -38,27 +38,6 @@ def scene():
     masks[0, 2:6, 2:5, 0:4] = True
     masks[1, 4:8, 6:8, 8:10] = True
     return masks
-
-
-def block(start, end, description="a dog on the left"):
-    """One moment of an answer."""
-    return json.dumps(dict(start_time=start, end_time=end, description=description))
-
-
-def single(frame):
-    """A moment of one frame."""
-    time = f"00:{frame / 2:05.2f}"
-    return block(time, time)
-
-
-def answered(answer):
-    """A completion in the right format."""
-    return f"<think>why</think>\n<answer>{answer}</answer>"
-
-
-def said(*moments):
-    """A completion whose answer is a list of moments."""
-    return answered(f"[{', '.join(moments)}]")
 
 
 def rewards(text, boxes=None, tracked=None, masks=None):

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,6 +40,7 @@ from run.checkpoint import only_one
 from run.draw import Source, hold_out, read_clip, take_items, training_sources
 from run.log import Watch
 from run.plan import memory_plan
+from run.processes import start_processes
 from run.settings import frame_range
 from segment import TOY_POLICY, ground, thinker_system2
 from tests.world import ROOT, settings_of
@@ -306,6 +308,27 @@ def test_a_run_killed_at_twenty_random_moments(server, straight, world):
     finish(start(server, straight, settings, world=world))
     assert outcome(straight, name) == outcome(straight, f"straight{world}")
     print(f"{partial} of 20 kills fell into the writing of a checkpoint")
+
+
+def test_a_new_start_does_not_ask_for_the_dead_of_the_one_before(monkeypatch):
+    """torchrun's agent keeps the store in which processes leave their addresses."""
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = dict(RANK=0, WORLD_SIZE=2, GROUP_WORLD_SIZE=1, TORCHELASTIC_USE_AGENT_STORE=True,
+                     MASTER_ADDR="127.0.0.1", MASTER_PORT=agent.port)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    stores = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, store, **__: stores.append(store))
+    monkeypatch.setattr(dist, "get_rank", int)
+    monkeypatch.setattr(dist, "get_world_size", int)
+    # Two processes of the first start, then one of the second.
+    for count in (0, 0, 1):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        start_processes("cpu")
+    first, second, restarted = stores
+    first.set("address", "1")
+    assert second.get("address") == b"1"
+    assert not restarted.check(["address"])
 
 
 @pytest.mark.slow

@@ -25,8 +25,7 @@ from run.log import Watch
 from run.processes import start_processes
 from run.settings import frame_range, read_settings, resumable_names, setting
 from segment import TOY_POLICY
-from tests.test_media import jpeg, write_avi
-from tests.world import run_program, settings_of, train_here
+from tests.world import jpeg, run_program, settings_of, train_here, write_avi
 
 
 def read_rows(folder, name="run"):

@@ -1,9 +1,11 @@
 """What several test files build: toy systems, tiny Thinkers and their prompts, miniatures, programs that
 run."""
 import functools
+import io
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -149,9 +151,59 @@ def noise_picture(width, height, seed=0):
     return Image.fromarray(pixels)
 
 
+def jpeg(picture):
+    file = io.BytesIO()
+    picture.save(file, "jpeg", quality=95)
+    return file.getvalue()
+
+
+def riff_chunk(tag, content):
+    padding = b"\0" * (len(content) % 2)
+    return tag + struct.pack("<I", len(content)) + content + padding
+
+
+def write_avi(path, size, jpegs, fps):
+    """A video file of encoded pictures."""
+    width, height = size
+    n = len(jpegs)
+    file_header = struct.pack("<14I", 1_000_000 // fps, 0, 0, 16, n, 0, 1, 0, width, height, 0, 0, 0, 0)
+    stream_header = b"vidsMJPG" + struct.pack("<10I4H", 0, 0, 0, 1, fps, 0, n, 0, 0, 0, 0, 0, width, height)
+    picture_form = struct.pack(
+        "<IiiHH4s5I", 40, width, height, 1, 24, b"MJPG", 3 * width * height, 0, 0, 0, 0)
+    stream = b"strl" + riff_chunk(b"strh", stream_header) + riff_chunk(b"strf", picture_form)
+    headers = b"hdrl" + riff_chunk(b"avih", file_header) + riff_chunk(b"LIST", stream)
+    pictures = b"movi"
+    for content in jpegs:
+        pictures += riff_chunk(b"00dc", content)
+    content = b"AVI " + riff_chunk(b"LIST", headers) + riff_chunk(b"LIST", pictures)
+    path.write_bytes(riff_chunk(b"RIFF", content))
+
+
 def naming(path, error=BadInput):
     """An error is raised inside that names the file at `path`."""
     return pytest.raises(error, match=re.escape(str(path)))
+
+
+# ---- completions -----------------------------------------------------------------------------------
+def block(start, end, description="a dog on the left"):
+    """One moment of an answer."""
+    return json.dumps(dict(start_time=start, end_time=end, description=description))
+
+
+def single(frame):
+    """A moment of one frame."""
+    moment = f"00:{frame / 2:05.2f}"
+    return block(moment, moment)
+
+
+def answered(answer):
+    """A completion in the right format."""
+    return f"<think>why</think>\n<answer>{answer}</answer>"
+
+
+def said(*moments):
+    """A completion whose answer is a list of moments."""
+    return answered(f"[{', '.join(moments)}]")
 
 
 # ---- programs --------------------------------------------------------------------------------------
