@@ -31,6 +31,6 @@ test: .venv/installed
 	$(PY) -m pytest -q $(TESTS) -m "not slow"
 
 test-all: .venv/installed
-	$(PY) -m pytest -q $(TESTS)
+	$(PY) -m pytest -q $(TESTS) -m "slow or not slow"
 
 .PHONY: demo test test-all

@@ -18,6 +18,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; left out by make test")
 
 
+@pytest.fixture(autouse=True)
+def leave_out_slow(request):
+    """Without -m nobody waits for slow tests."""
+    if request.node.get_closest_marker("slow") and not request.config.option.markexpr:
+        pytest.skip("slow: make test-all")
+
+
 @pytest.fixture(scope="session")
 def minis(tmp_path_factory):
     """name -> root of a miniature of two videos a split; do not write there."""
