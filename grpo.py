@@ -294,8 +294,15 @@ def equal_rewards(group: Group) -> bool:
     return float(np.ptp(group.rewards)) < 1e-8
 
 
-def accumulate_gradients(systems: Systems, group: Group, settings, totals: tuple[float, float], scale: float,
-                         first: bool, keep: bool) -> dict[str, Tensor]:
+def accumulate_gradients(
+    systems: Systems,
+    group: Group,
+    settings,
+    totals: tuple[float, float],
+    scale: float,
+    first: bool,
+    keep: bool,
+) -> dict[str, Tensor]:
     """Step 8 for one group: its share of the batch's loss, and the backward pass. Returns sums for the log.
 
     totals  (completions, tokens) of the whole batch over all processes.

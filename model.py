@@ -651,8 +651,12 @@ class Thinker(nn.Module):
         hidden = self.run_rows([self.look_up(prompt)], [prompt.positions], Rows(1))
         return F.linear(hidden[0], self.lm_head.weight)
 
-    def forward(self, prompts: list[Prompt], completions: Tensor,
-                temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        prompts: list[Prompt],
+        completions: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (B, C), nats, of one completion for each of B prompts.
 
         For supervised training. completions: (B, C) int64, right-padded with any ordinary id. The padding is
@@ -670,8 +674,12 @@ class Thinker(nn.Module):
         hidden = [row[len(p.ids) - 1:][:C] for row, p in zip(rows, prompts)]
         return self.score(torch.stack(hidden), completions, temperature)  # of (B, C, D)
 
-    def logprobs(self, prompt: Prompt, completions: Tensor,
-                 temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def logprobs(
+        self,
+        prompt: Prompt,
+        completions: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (G, C), nats, of G completions of one prompt.
 
         The prefix is computed once. completions: (G, C) int64, right-padded as in forward.
@@ -761,8 +769,12 @@ class Thinker(nn.Module):
 
     # -- checkpoints -------------------------------------------------------------------------------
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype = torch.float32,
-                        device="cpu") -> "Thinker":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device="cpu",
+    ) -> "Thinker":
         """Reads a Qwen2.5-Omni directory (of which the Thinker is taken) or a Thinker-only one.
 
         Every tensor is copied directly to its place, so two copies of the model never exist at once. Raises
@@ -795,8 +807,12 @@ class Thinker(nn.Module):
                            f"the first is {missing[0]}; {POLICY_EXPECTED}")
         return model
 
-    def save_pretrained(self, path: str | Path, state_dict: dict[str, Tensor] | None = None,
-                        max_shard_size="5GB") -> None:
+    def save_pretrained(
+        self,
+        path: str | Path,
+        state_dict: dict[str, Tensor] | None = None,
+        max_shard_size="5GB",
+    ) -> None:
         """Writes a Thinker-only directory that from_pretrained, here and in transformers, reads.
 
         state_dict: whole tensors, where the model's own are sharded.

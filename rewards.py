@@ -106,8 +106,13 @@ def mask_pair(pred, true) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---- task "vos": keyframes of a video --------------------------------------------------------------
-def vos_rewards(text: str, masks: np.ndarray, boxes: Boxes, tracked: np.ndarray | None,
-                fps: float = FPS) -> Terms:
+def vos_rewards(
+    text: str,
+    masks: np.ndarray,
+    boxes: Boxes,
+    tracked: np.ndarray | None,
+    fps: float = FPS,
+) -> Terms:
     """All terms of one completion on one clip, by name (TERMS).
 
     masks    bool [O, T, H, W]: the true mask of each object. For a null reference, O is 0 or all are empty.
@@ -442,8 +447,13 @@ QUESTIONS = {
 
 
 # ---- a completion's terms, and the sum -------------------------------------------------------------
-def reward_terms(clip: Clip, scale: tuple[float, float], text: str, boxes: Boxes,
-                 tracked: np.ndarray | None) -> Terms:
+def reward_terms(
+    clip: Clip,
+    scale: tuple[float, float],
+    text: str,
+    boxes: Boxes,
+    tracked: np.ndarray | None,
+) -> Terms:
     """Every reward term of one completion by name, and whether it could not be used at all (`malformed`).
 
     scale    source pixels per pixel of the picture that System 1's own boxes are in, (x, y).

@@ -608,8 +608,15 @@ class Segmented:
     masks: np.ndarray    # bool [T, H, W]
 
 
-def segment(policy: Thinker, system2: System2, processor: Processor, tracker: Tracker, clips: list[Clip],
-            max_new_tokens: int = 1024, most_frames: int = MOST_FRAMES) -> list[Segmented]:
+def segment(
+    policy: Thinker,
+    system2: System2,
+    processor: Processor,
+    tracker: Tracker,
+    clips: list[Clip],
+    max_new_tokens: int = 1024,
+    most_frames: int = MOST_FRAMES,
+) -> list[Segmented]:
     """Segments B clips. System 1 sees at most `most_frames` frames of each, SAM2 all of them."""
     views = [clip.sampled(most_frames) for clip in clips]
     inputs = [prompt_inputs(processor, view) for view, _ in views]

@@ -287,8 +287,15 @@ def decompressed(counts: str, where: str) -> np.ndarray:
     return runs
 
 
-def rle_masks(sample: Sample, ids, path: str, table: dict, union: bool, mend: bool,
-              indices=None) -> np.ndarray:
+def rle_masks(
+    sample: Sample,
+    ids,
+    path: str,
+    table: dict,
+    union: bool,
+    mend: bool,
+    indices=None,
+) -> np.ndarray:
     """bool [O, T, H, W] of annotations, for all frames or these indices.
 
     A null in the table is an empty mask. Without ids there is one object with empty masks.

@@ -105,8 +105,13 @@ def training_state(policy: Thinker, optimizer: torch.optim.Optimizer, rank: int)
     return dict(policy=weights, random=random, optimizer=moments)
 
 
-def restore(checkpoint: Path, policy: Thinker, optimizer: torch.optim.Optimizer, rank: int,
-            alike: bool) -> None:
+def restore(
+    checkpoint: Path,
+    policy: Thinker,
+    optimizer: torch.optim.Optimizer,
+    rank: int,
+    alike: bool,
+) -> None:
     """Brings policy and optimizer to their state at a checkpoint.
 
     alike: whether processes and device are those that saved it. Only then are random states restored.
@@ -142,8 +147,14 @@ def whole_weights(thinker: Thinker) -> Iterator[tuple[str, Tensor]]:
 
 
 # ---- saving ----------------------------------------------------------------------------------------
-def save(systems, path: str, run: dict, rank: int, world: int,
-         optimizer: torch.optim.Optimizer | None = None) -> None:
+def save(
+    systems,
+    path: str,
+    run: dict,
+    rank: int,
+    world: int,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
     """Writes the policy's directory in the reference's dtype; with an optimizer also what continues the run.
 
     Where anything cannot be written, all processes exit with code 1 and nothing of it stays.

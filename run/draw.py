@@ -37,8 +37,13 @@ class Source:
     read: Callable      # (item, rng) -> Clip of one of them, drawn at random
 
 
-def training_sources(names: str, data_root: str, roots: dict, seed: int,
-                     frames: tuple[int, int] = (MOST_FRAMES, MOST_FRAMES)) -> tuple[tuple, list[str]]:
+def training_sources(
+    names: str,
+    data_root: str,
+    roots: dict,
+    seed: int,
+    frames: tuple[int, int] = (MOST_FRAMES, MOST_FRAMES),
+) -> tuple[tuple, list[str]]:
     """(a Source for each dataset, a line for each sample left out).
 
     names   datasets, by commas
@@ -195,8 +200,14 @@ class TrainingItems:
 
 
 # ---- reading ahead ---------------------------------------------------------------------------------
-def sample_loader(sources: tuple, processor: Processor, settings, start: int, rank: int,
-                  world: int) -> DataLoader:
+def sample_loader(
+    sources: tuple,
+    processor: Processor,
+    settings,
+    start: int,
+    rank: int,
+    world: int,
+) -> DataLoader:
     """Loads this process's items in order, from step `start` on. Its workers are about a step ahead."""
     size = settings.batch * settings.accumulate
     places = range(start * size + rank, settings.steps * size, world)

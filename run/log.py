@@ -65,8 +65,16 @@ class Watch:
 
 
 # ---- a step's numbers ------------------------------------------------------------------------------
-def step_metrics(step: int, groups: list[Group], sums: dict, norm: float, skipped: int, watch: Watch,
-                 optimizer: torch.optim.Optimizer, device: torch.device) -> dict:
+def step_metrics(
+    step: int,
+    groups: list[Group],
+    sums: dict,
+    norm: float,
+    skipped: int,
+    watch: Watch,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> dict:
     """A step's line of the log: means over the completions of all processes, and this process's seconds.
 
     groups   the step's groups of this process

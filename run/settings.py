@@ -15,8 +15,18 @@ from benchmarks import add_roots, roots_given
 from data import BadInput, JoinWords, Parser, fail, read_json, true_or_false
 
 
-def setting(default, meaning: str, *, least=None, above=None, most=None, choices=None, resumable=False,
-            check=None, words=False):
+def setting(
+    default,
+    meaning: str,
+    *,
+    least=None,
+    above=None,
+    most=None,
+    choices=None,
+    resumable=False,
+    check=None,
+    words=False,
+):
     """A field of the dataclass of settings.
 
     least, above, most  limits of a number; `most` goes with one of the others. A float is always finite.
