@@ -182,12 +182,15 @@ def main(arguments=None):
     try:
         root = chosen_root(benchmark, options)
         if options.action == "mini":
-            write_mini(benchmark, os.path.join(options.out, benchmark.folder), options.videos)
+            root = os.path.join(options.out, benchmark.folder)
+            write_mini(benchmark, root, options.videos)
+            print(f"written: {root}")
         elif options.action == "show":
             samples = open_split(benchmark, splits[0], root)
             if options.index >= len(samples):
                 raise BadInput(f"--index {options.index}: there are {len(samples)} samples")
             show(samples[options.index], options.out)
+            print(f"written: {options.out}/sample.png, prompt.txt")
         else:
             broken = sum(check(benchmark, split, root) for split in splits)
             sys.exit(int(broken > 0))

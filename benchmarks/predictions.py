@@ -174,6 +174,7 @@ def unpredicted(out: str, samples: list[Sample]) -> list[Sample]:
 
 def check_claim(out: str, claim: dict) -> None:
     """Raises BadInput where OUT/run.json makes another claim: OUT holds predictions of something else."""
+    check_origin(out)
     path = f"{out}/run.json"
     earlier = read_json(path) if os.path.exists(path) else claim
     for key, value in claim.items():
@@ -191,11 +192,24 @@ def fingerprint(directory: str) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
+def check_origin(out: str) -> None:
+    """Raises BadInput where OUT/Annotations is not of an evaluation: it may be somebody's truth."""
+    path = f"{out}/run.json"
+    if not os.path.exists(f"{out}/Annotations"):
+        return
+    if not os.path.exists(path) or "policy_weights" not in read_json(path):
+        raise BadInput(f"{out}/Annotations is not of an evaluation, as {path} does not say whose it is: "
+                       f"give another --out")
+
+
 def clear(out: str) -> None:
-    """Removes predictions, answers and claim."""
+    """Removes the predictions, answers and claim of an evaluation. Raises BadInput where they are not of
+    one."""
+    check_origin(out)
     shutil.rmtree(f"{out}/Annotations", ignore_errors=True)
-    for path in [*Path(out).glob("answers-*.jsonl"), *Path(out).glob("run.json")]:
-        path.unlink()
+    for path in [*Path(out).glob("answers-[0-9]*.jsonl"), *Path(out).glob("run.json")]:
+        if path.is_file():
+            path.unlink()
 
 
 def read_answers(directory: str) -> dict:

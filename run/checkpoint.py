@@ -29,18 +29,25 @@ from tqdm import tqdm
 from data import BadInput, one_line, read_json
 from model import Adapted, Thinker
 from run.settings import resumable_names
+from segment import reference_folder
 
 
 # ---- before a run ----------------------------------------------------------------------------------
 def check_place(out: str, settings) -> None:
-    """Raises BadInput where the run would destroy an earlier one, or its own policy."""
+    """Raises BadInput where the run would destroy an earlier one, or what it is made of."""
     log = os.path.join(out, "metrics.jsonl")
     if os.path.exists(log) and settings.resume == "never" and not settings.overwrite:
         raise BadInput(f"{log} is the log of an earlier run; give another --name, --resume auto, "
                        f"or --overwrite true")
-    if Path(out).resolve() in Path(settings.policy).resolve().parents:
-        raise BadInput(f"--policy {settings.policy} lies in {out}, where the run would replace it; "
-                       f"give another --name")
+    needed = dict(
+        policy=settings.policy,
+        system2=reference_folder(settings.system2),
+        sam2_weights=settings.sam2_weights,
+    )
+    for name, path in needed.items():
+        if path and Path(out).resolve() in Path(path).resolve().parents:
+            raise BadInput(f"--{name} {path} lies in {out}, where the run would replace it; "
+                           f"give another --name")
 
 
 def only_one(out: str):

@@ -177,6 +177,19 @@ def test_a_reference_that_was_trained_again_is_another_one(tmp_path, capsys):
     assert "system2_weights" in error
 
 
+@pytest.mark.parametrize("more", [(), ("--overwrite", "true")])
+@pytest.mark.parametrize("claim", [None, '{"a": 1}'])
+def test_annotations_of_others_are_left_alone(tmp_path, capsys, more, claim):
+    theirs = tmp_path / "Annotations/video/0/00000.png"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("truth")
+    if claim:
+        (tmp_path / "run.json").write_text(claim)
+    error = refusal(capsys, tmp_path, "--limit", 1, *more)
+    assert f"{tmp_path}/Annotations is not of an evaluation" in error
+    assert theirs.read_text() == "truth"
+
+
 def test_overwrite_replaces_predictions_answers_and_claim(toy, tmp_path, capsys):
     out = shutil.copytree(toy.out, tmp_path / "out")
     (out / "answers-1.jsonl").write_text("{}\n")

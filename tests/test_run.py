@@ -36,7 +36,7 @@ from benchmarks.toy import toy_clip
 from data import BadInput, Clip, Frames, Processor, frames_to_ground, prompt_inputs
 from model import Cache, Prompt, Thinker, read_config
 from rewards import reward_terms, total_rewards
-from run.checkpoint import only_one
+from run.checkpoint import check_place, only_one
 from run.draw import Source, hold_out, read_clip, take_items, training_sources
 from run.log import Watch
 from run.plan import memory_plan
@@ -436,6 +436,20 @@ def test_two_runs_of_one_name_do_not_meet(tmp_path):
     only_one(tmp_path).close()
 
 
+@pytest.mark.parametrize("option, words", [
+    ("policy", ["out/here/policy"]),
+    ("system2", ["reference", "out/here/policy"]),
+    ("sam2_weights", ["out/here/step-000001/model.pt"]),
+])
+def test_a_run_does_not_remove_what_it_is_made_of(tmp_path, option, words):
+    out = tmp_path / "out/here"
+    words[-1] = str(tmp_path / words[-1])
+    settings = settings_of(f"--{option}", *words, "--name", "here", "--overwrite", "true")
+    with pytest.raises(BadInput, match=f"--{option} .* lies in {out}, where the run would replace it"):
+        check_place(str(out), settings)
+    check_place(str(tmp_path / "out/there"), settings)
+
+
 # ---- workers that die ------------------------------------------------------------------------------
 DEATH = r"error: a worker that reads clips has died \(.+\); the same command continues from the newest .*"
 
@@ -495,9 +509,13 @@ def child_handler():
     was_set = handling._SIGCHLD_handler_set
     handling._SIGCHLD_handler_set = False
     yield
-    signal.signal(signal.SIGCHLD, before)
-    handling._SIGCHLD_handler_set = was_set
+    # No handler may learn of deaths that are wanted: it would raise in the next test.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Loaders that are collected forget their workers.
+    gc.collect()
     kill(multiprocessing.active_children())
+    handling._SIGCHLD_handler_set = was_set
+    signal.signal(signal.SIGCHLD, before)
 
 
 def test_without_workers_errors_stay_as_they_are():
