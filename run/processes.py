@@ -135,7 +135,10 @@ def guard(watch, out: str, minutes: float, rank: int, world: int):
             # A full disk is no reason to stop here.
             with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / str(rank)).write_text(phase)
+                # Under another name first: others may read at this moment.
+                new = folder / f"{rank}.new"
+                new.write_text(phase)
+                new.replace(folder / str(rank))
             if time.perf_counter() - watch.last > 60 * minutes:
                 others = phases_of_others(folder, rank, world)
                 print(f"error: rank {rank} (of {world}) has been in {phase} for {minutes:g} minutes; "

@@ -40,7 +40,7 @@ from run.checkpoint import check_place, only_one
 from run.draw import Source, hold_out, read_clip, take_items, training_sources
 from run.log import Watch
 from run.plan import memory_plan
-from run.processes import start_processes
+from run.processes import guard, start_processes
 from run.settings import frame_range
 from segment import TOY_POLICY, ground, thinker_system2
 from tests.world import ROOT, settings_of
@@ -592,6 +592,16 @@ def test_a_time_out_names_process_and_phase(server, straight):
     line = ("rank 1 (of 2) has been in data of step 1 for 0.5 minutes; "
             "the others: rank 0 rollout of step 1")
     assert line in (straight / "1.txt").read_text()
+
+
+def test_a_phase_is_read_whole_while_it_is_written(tmp_path):
+    # Never over, and written thousands of times a second.
+    watch = Watch(step=3, phase="rollout", last=math.inf)
+    file = tmp_path / "phases/0"
+    with guard(watch, tmp_path, 1e-6, rank=0, world=1):
+        wait_for(file.exists)
+        for _ in range(5000):
+            assert file.read_text() == "rollout of step 3"
 
 
 # ---- any number of processes -----------------------------------------------------------------------
