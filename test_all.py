@@ -28,11 +28,11 @@ from benchmarks.toy import toy_clip
 from data import answer_text, keyframes, parse_boxes, parse_moments, prompt, prompt_inputs
 from grpo import collect, group_advantages, kl_divergence, policy_loss
 from model import Thinker
-from rewards import TERMS, combine, image_rewards, reward_terms, vos_rewards
+from rewards import TERMS, combine, reward_terms, vos_rewards
 from run.draw import read_any, training_sources
 from run.log import Watch
 from run.plan import memory_plan
-from segment import TOY_POLICY, TOY_SAM2, ground, segment, track_groups
+from segment import TOY_POLICY, ground, segment, to_source, track_groups
 from tests.conftest import copy, data_root, minis, systems  # noqa: F401
 from tests.world import ROOT, evaluate_here, run_program, settings_of, train_here
 
@@ -623,7 +623,7 @@ def test_departures_in_the_rewards():
     terms = vos_rewards(text, masks, {0: [right]}, None)
     assert terms["alignment"] == 1 and terms["mismatch"] == 0
     assert vos_rewards(text, masks, {0: [right] * 3}, None)["mismatch"] == -1
-    assert image_rewards("", right, [[0, 0], [1, 1]])["iou"] == 0
+    assert to_source((10, 20, 30, 40), (2.0, 3.0), (100, 200)) == (20, 60, 60, 99)
 
 
 def test_looking_in_vain_earns_no_number_term():
@@ -654,4 +654,5 @@ def test_results_hold_a_row_for_each_sample(tmp_path):
     assert results["bench"] == "toy" and evaluation.ANSWER_COLUMNS == ("visible", "format")
     for row in results["expressions"]:
         assert row["J&F"] == pytest.approx((row["J"] + row["F"]) / 2)
-    assert TOY_SAM2.endswith("toy/sam2/model.pt")
+    null = next(row for row in results["expressions"] if row["kind"] == "null")
+    assert null["J"] == 100

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from benchmarks import BENCHMARKS, add_roots, chosen_root, find_benchmark, open_split
 from benchmarks.mini import write_mini
+from benchmarks.pictures import tint
 from benchmarks.samples import Benchmark, Sample, fitting_masks, load, open_frames, read_long_sound
 from data import MOST_FRAMES, BadInput, Parser, at_least, fail, prompt
 
@@ -154,8 +155,7 @@ def draw_target(clip, t):
     """Frame t with the target's masks in red, or its true box."""
     pixels = np.array(clip.frames[t])
     if clip.masks is not None:
-        target = clip.masks[:, t].any(0)
-        pixels[target] = pixels[target] // 2 + np.array([127, 20, 20], np.uint8)
+        tint(pixels, clip.masks[:, t].any(0))
     picture = Image.fromarray(pixels)
     if "box" in clip.truth:
         ImageDraw.Draw(picture).rectangle(clip.truth["box"], outline=(255, 40, 40), width=4)

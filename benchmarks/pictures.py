@@ -8,13 +8,18 @@ SMALLEST = 384
 LARGEST = 640
 
 
+def tint(pixels: np.ndarray, mask: np.ndarray) -> None:
+    """Turns the pixels, uint8 [H, W, 3], red where the mask is, in place."""
+    pixels[mask] = pixels[mask] // 2 + np.array([127, 20, 20], np.uint8)
+
+
 def overlay(picture: Image.Image, mask: np.ndarray, boxes=()) -> Image.Image:
     """RGB picture with the mask, bool [H, W], in red, its outline in white, and the boxes in green."""
     factor = max(1, round(SMALLEST / max(picture.size)))
     size = (picture.width * factor, picture.height * factor)
     pixels = np.array(picture.resize(size, Image.NEAREST))
     mask = mask.repeat(factor, 0).repeat(factor, 1)
-    pixels[mask] = pixels[mask] // 2 + np.array([127, 20, 20], np.uint8)
+    tint(pixels, mask)
     # Pixels whose four neighbours are in the mask.
     inside = np.roll(mask, 1, 0) & np.roll(mask, -1, 0)
     inside &= np.roll(mask, 1, 1)
