@@ -9,7 +9,6 @@ beside the reading of its answer; its reward stands in rewards.py.
 Letters: T frames, O objects, H W pixels, P prompt tokens, N patches, M images or videos, p side of a patch in
 pixels.
 """
-import argparse
 import json
 import math
 import os
@@ -17,120 +16,22 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from trust.errors import BadInput, reading
+from trust.files import check_policy_folder, read_json
+from trust.options import MOST_FRAMES
+
 FPS = 2.0              # frames a second at which System 1 is shown every clip (paper, section 3.1)
 SAMPLE_RATE = 16000    # of every soundtrack, Hz
 KEYFRAMES = 4          # most keyframes of an answer, and how many the reward prefers (the paper's K_0)
-MOST_FRAMES = 24       # most frames of a clip that System 1 sees
 
 # x1, y1, x2, y2 in pixels, corners inside the box.
 Box = tuple[float, float, float, float]
-
-
-# ---- errors and arguments --------------------------------------------------------------------------
-class BadInput(ValueError):
-    """What the user gave cannot be used. The message names it, and programs print it as one line and end."""
-
-
-@contextmanager
-def reading(path):
-    """Turns any error inside into a BadInput that names the file at `path`. A BadInput passes unchanged.
-
-    For libraries that raise many kinds of errors over malformed files.
-    """
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:
-        raise BadInput(f"cannot use {path} ({one_line(error)})") from error
-
-
-def one_line(error, most=160) -> str:
-    """Kind and message of an error, at most `most` characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
-
-
-def read_json(path, kind: type = dict, encoding="utf-8"):
-    """The object (or, with kind=list, the list) in a JSON file.
-
-    Raises FileNotFoundError or BadInput, naming the file.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no such file: {path}")
-    with reading(path), open(path, encoding=encoding) as file:
-        value = json.load(file)
-        if not isinstance(value, kind):
-            raise ValueError(f"a {kind.__name__} expected, not a {type(value).__name__}")
-    return value
-
-
-POLICY_EXPECTED = ("expected a directory of Qwen2.5-Omni or of its Thinker alone; get the weights with: "
-                   "hf download Qwen/Qwen2.5-Omni-7B --local-dir DIR")
-
-
-def check_policy_folder(path) -> None:
-    """Raises FileNotFoundError where `path` is no directory with a config.json."""
-    if not os.path.isdir(path):
-        raise FileNotFoundError(f"{path} is no directory; {POLICY_EXPECTED}")
-    config = os.path.join(path, "config.json")
-    if not os.path.isfile(config):
-        raise FileNotFoundError(f"no such file: {config}; {POLICY_EXPECTED}")
-
-
-def fail(error) -> int:
-    """Prints an error as one line on stderr. Returns the exit code for bad input."""
-    print("error:", *str(error).splitlines(), file=sys.stderr)
-    return 2
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage before it."""
-    place = ""    # where the arguments come from; the message begins with it
-
-    def error(self, message):
-        sys.exit(fail(f"{self.place}{message}"))
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `least` on."""
-    def whole_number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return int(text)
-    return whole_number
-
-
-def true_or_false(text: str) -> bool:
-    """An argparse type."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"true or false expected, not {text}")
-    return text.lower() == "true"
-
-
-def is_device(text: str) -> bool:
-    """cpu, or cuda where there is one."""
-    return text == "cpu" or text == "cuda" and torch.cuda.is_available()
-
-
-def device_name(text: str) -> str:
-    """An argparse type: a name that is_device."""
-    if is_device(text):
-        return text
-    raise argparse.ArgumentTypeError(f"must be cpu, or cuda where there is such a GPU, not {text}")
-
-
-class JoinWords(argparse.Action):
-    """An argparse action for nargs="+": the words become one string, as in --system2 reference DIR."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, " ".join(values))
 
 
 # ---- clips -----------------------------------------------------------------------------------------

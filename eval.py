@@ -42,9 +42,11 @@ from benchmarks.predictions import (
     zip_predictions,
 )
 from benchmarks.samples import Benchmark, Sample, load
-from data import BadInput, Parser, at_least, fail, read_json, reading, true_or_false
 from rewards import format_reward
-from segment import add_model_options, load_models, reference_folder, segment
+from segment import chosen_device, load_models, reference_folder, segment
+from trust.errors import BadInput, fail, reading
+from trust.files import read_json
+from trust.options import Parser, add_model_options, at_least, true_or_false
 
 ANSWER_COLUMNS = ("visible", "format")
 
@@ -295,7 +297,7 @@ def predict_share(options, benchmark, samples, root, rank):
     if processes > 1:
         # Processes only wait for each other by it.
         dist.init_process_group("gloo", timeout=timedelta(days=7))
-    if options.device == "cuda":
+    if chosen_device(options.device) == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     claim = run_claim(options, benchmark, root)
     if options.overwrite:

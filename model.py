@@ -36,10 +36,9 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniVisionEncoder,
 )
 
-from data import (
-    POLICY_EXPECTED, BadInput, Inputs,
-    check_policy_folder, one_line, read_json, reading, sound_tokens,
-)
+from data import Inputs, sound_tokens
+from trust.errors import BadInput, one_line, reading
+from trust.files import POLICY_EXPECTED, check_policy_folder, read_json
 
 # Patches that the vision tower sees at once. Bounds its activations: 0.9 GB for an MLP of the 7B.
 VISION_PATCHES = 65536

@@ -22,9 +22,19 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from data import (
-    FPS, KEYFRAMES, Box, Clip, Moment,
-    answer_text, blocks, is_null, keyframes,
-    parse_box, parse_json, parse_moments, parse_numbers,
+    FPS,
+    KEYFRAMES,
+    Box,
+    Clip,
+    Moment,
+    answer_text,
+    blocks,
+    is_null,
+    keyframes,
+    parse_box,
+    parse_json,
+    parse_moments,
+    parse_numbers,
 )
 
 Boxes = Mapping[int, list[Box]]    # frame -> System 2's boxes there, in source pixels

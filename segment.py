@@ -16,15 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import hydra
 import numpy as np
-import sam2
 import torch
 import torch.nn.functional as F
-import yaml
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from sam2.modeling.sam2_utils import get_1d_sine_pe
 
@@ -32,30 +26,21 @@ from benchmarks.media import video_clip
 from benchmarks.pictures import overlay, write_animation
 from benchmarks.toy import toy_clip
 from data import (
-    MOST_FRAMES,
-    BadInput,
     Box,
     Clip,
-    JoinWords,
-    Parser,
     Processor,
     answer_text,
-    at_least,
-    device_name,
-    fail,
     frames_to_ground,
     grounding_prompt,
-    one_line,
     own_boxes,
     parse_boxes,
     plain,
     prompt_inputs,
 )
 from model import Thinker
-
-HERE = Path(__file__).parent
-TOY_POLICY = str(HERE / "toy/policy")
-TOY_SAM2 = str(HERE / "toy/sam2/model.pt")
+from trust.errors import BadInput, fail, one_line
+from trust.options import MOST_FRAMES, Parser, add_model_options, at_least
+from trust.sam2_config import build_sam2, find_config
 
 # Pictures at source size and descriptions, one each -> boxes in source pixels of each picture.
 System2 = Callable[[list[Image.Image], list[str]], list[list[Box]]]
@@ -206,16 +191,6 @@ FRAMES_AT_ONCE = 8
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-# What SAM2's own video predictor adds to its configs. A config's own values win. The predictor's filling of
-# holes is left out, because it needs a compiled extension.
-PREDICTOR = {
-    "binarize_mask_from_pts_for_mem_enc": True,
-    "sam_mask_decoder_extra_args": {
-        "dynamic_multimask_via_stability": True,
-        "dynamic_multimask_stability_delta": 0.05,
-        "dynamic_multimask_stability_thresh": 0.98,
-    },
-}
 # Options of every SAM 2.1 model that decide what a frame attends to. `Memory` and `Tracker` assume them.
 SAM21 = {
     "directly_add_no_mem_embed": True,
@@ -229,10 +204,6 @@ SAM21 = {
     "memory_temporal_stride_for_eval": 1,
     "non_overlap_masks_for_mem_enc": False,
 }
-
-# Sizes in the names of published weights, and in those of their configs.
-SIZES = {"_tiny": "_t", "_small": "_s", "_base_plus": "_b+", "_large": "_l"}
-
 
 class Tracked(NamedTuple):
     """SAM2's output for n objects, each on one frame."""
@@ -545,38 +516,6 @@ def fill_masks(masks, logits, unions):
         mask[:] = objects[union].any(0)
 
 
-def build_sam2(config):
-    """The model of a SAM2 config (see Tracker.from_pretrained), random weights, evaluation mode."""
-    package = Path(sam2.__file__).parent
-    places = Path(config), package / config, package / f"configs/sam2.1/{config}.yaml"
-    files = [path for path in places if path.is_file()]
-    if not files:
-        known = ", ".join(sorted(path.stem for path in package.glob("configs/sam2.1/*.yaml")))
-        raise FileNotFoundError(f"no such SAM2 config: {config} (a yaml file, or one of: {known})")
-    try:
-        settings = OmegaConf.merge(PREDICTOR, OmegaConf.load(files[0]).model)
-        settings["_target_"] = "sam2.sam2_video_predictor.SAM2VideoPredictor"
-        return hydra.utils.instantiate(settings).eval()
-    except (yaml.YAMLError, OmegaConfBaseException, HydraException, ValueError) as error:
-        message = f"not a SAM2 config, a yaml with the key model: {files[0]} ({one_line(error)})"
-        raise BadInput(message) from None
-
-
-def find_config(weights) -> str:
-    """The config that belongs to a file of weights: the config.yaml beside it, else by its published name.
-
-    sam2.1_hiera_large.pt belongs to sam2.1_hiera_l.
-    """
-    beside = Path(weights).parent / "config.yaml"
-    if beside.is_file():
-        return str(beside)
-    name = Path(weights).stem
-    for size, letter in SIZES.items():
-        if name.endswith(size):
-            return name.removesuffix(size) + letter
-    return name
-
-
 def track_groups(tracker: Tracker, clips: list[Clip], boxes: list) -> list[np.ndarray]:
     """Masks of G completions of each of B clips: bool [G, T, H, W], the union over a completion's boxes.
 
@@ -643,19 +582,14 @@ def segment(
 
 
 # ---- the program -----------------------------------------------------------------------------------
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `load_models` and `segment`, which eval.py shares."""
-    add = parser.add_argument
-    add("--policy", default=TOY_POLICY, help="directory of a Thinker, or of a full Qwen2.5-Omni")
-    add("--system2", nargs="+", action=JoinWords, default="policy", metavar="WHO",
-        help="who grounds: policy, reference DIR (another Thinker), or FILE.py with a function boxes")
-    add("--sam2", help="config, a yaml file or a name inside the package sam2; default: by the weights")
-    add("--sam2_weights", default=TOY_SAM2)
-    add("--frames", type=at_least(1), default=MOST_FRAMES, help="most frames of a clip that System 1 sees")
-    add("--video_tokens", type=at_least(0), default=0, help="visual tokens of a frame; 0: the policy's own")
-    add("--image_tokens", type=at_least(0), default=0, help="visual tokens of a picture; 0: the policy's own")
-    add("--max_new_tokens", type=at_least(1), default=1024)
-    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+def chosen_device(name: str) -> str:
+    """The device of the option --device: auto is cuda where there is one. Raises BadInput without a GPU."""
+    there = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if there else "cpu"
+    if name == "cuda" and not there:
+        raise BadInput("--device cuda: torch finds no such GPU here")
+    return name
 
 
 def load_models(options) -> tuple[Thinker, System2, Processor, Tracker]:
@@ -663,11 +597,12 @@ def load_models(options) -> tuple[Thinker, System2, Processor, Tracker]:
 
     Raises FileNotFoundError or BadInput, naming what is missing or malformed.
     """
-    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    device = chosen_device(options.device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     processor = Processor(options.policy, options.video_tokens, options.image_tokens)
-    policy = Thinker.from_pretrained(options.policy, dtype, options.device)
-    tracker = Tracker.from_pretrained(options.sam2, options.sam2_weights, options.device)
-    system2 = load_system2(options.system2, policy, processor, dtype, options.device)
+    policy = Thinker.from_pretrained(options.policy, dtype, device)
+    tracker = Tracker.from_pretrained(options.sam2, options.sam2_weights, device)
+    system2 = load_system2(options.system2, policy, processor, dtype, device)
     return policy, system2, processor, tracker
 
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from benchmarks import trained_names
-from data import BadInput, Processor, fail, is_device, prompt_inputs
+from data import Processor, prompt_inputs
 from grpo import Systems, accumulate_gradients, collect, judge, left_out, read_keyframes, roll_out
 from model import Thinker, adapters_off, add_adapters
 from rewards import total_rewards
@@ -38,7 +38,9 @@ from run.log import Watch, identity, plot, start_log, step_metrics, throughput
 from run.plan import print_plan
 from run.processes import gathered, guard, rest_on_host, shard, start_processes, sums_over_processes
 from run.settings import frame_range, is_counts, is_folder_name, read_settings, setting
-from segment import TOY_POLICY, TOY_SAM2, Tracker, ground, load_system2
+from segment import Tracker, chosen_device, ground, load_system2
+from trust.errors import BadInput, fail
+from trust.options import TOY_POLICY, TOY_SAM2, is_device
 
 # Figures of a step that are shown beside the progress bar.
 SHOWN = ("reward", "consistency", "kl", "decode_tokens_per_s", "update_tokens_per_s", "memory_gb")
@@ -141,9 +143,9 @@ class Settings:
     skip_equal: bool = setting(False, "whether groups whose rewards are all equal drop out of the loss")
     # Machine
     device: str = setting(
-        "cuda" if torch.cuda.is_available() else "cpu",
-        "cuda or cpu",
-        resumable=True, check=(is_device, "cpu, or cuda where there is such a GPU"),
+        "auto",
+        "cpu, cuda, or auto: cuda where there is one",
+        resumable=True, check=(is_device, "auto, cpu, or cuda where there is such a GPU"),
     )
     dtype: str = setting(
         "bfloat16",
@@ -204,6 +206,10 @@ def main(arguments=None):
     # After a restart by torchrun --max_restarts, the run goes on, even if it was begun by --overwrite.
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         settings = replace(settings, overwrite=False, resume="auto")
+    try:
+        settings = replace(settings, device=chosen_device(settings.device))
+    except BadInput as error:
+        sys.exit(fail(error))
     rank, world, device = start_processes(settings.device, settings.timeout_minutes)
     watch = Watch()
     out = os.path.join("out", settings.name)

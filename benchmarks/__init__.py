@@ -18,7 +18,7 @@ from benchmarks.revos import REVOS
 from benchmarks.samples import Benchmark, Sample
 from benchmarks.toy import TOY
 from benchmarks.video_r1 import VIDEO_R1
-from data import BadInput
+from trust.errors import BadInput
 
 # An alias holds before the name of a later benchmark: --data refcocog means REFCOCOG_2K_840.
 BENCHMARKS = (

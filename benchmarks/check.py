@@ -14,7 +14,9 @@ from benchmarks import BENCHMARKS, add_roots, chosen_root, find_benchmark, open_
 from benchmarks.mini import write_mini
 from benchmarks.pictures import tint
 from benchmarks.samples import Benchmark, Sample, fitting_masks, load, open_frames, read_long_sound
-from data import MOST_FRAMES, BadInput, Parser, at_least, fail, prompt
+from data import prompt
+from trust.errors import BadInput, fail
+from trust.options import MOST_FRAMES, Parser, at_least
 
 DESCRIPTION = """check reads a dataset and names what is broken (exit code 1); show writes one sample as a
 picture and its prompt; mini writes a miniature in its layout."""

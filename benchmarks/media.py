@@ -12,7 +12,8 @@ from PIL import Image
 from scipy.io import wavfile
 from scipy.signal import resample_poly
 
-from data import FPS, SAMPLE_RATE, BadInput, Clip, Frames, one_line
+from data import FPS, SAMPLE_RATE, Clip, Frames
+from trust.errors import BadInput, one_line
 
 
 def open_video(path) -> tuple[Frames, float]:

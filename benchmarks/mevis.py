@@ -15,7 +15,7 @@ archive, <video>/<id>/<frame>.png.
 from benchmarks.mini import put, write_clips
 from benchmarks.revos import annotate
 from benchmarks.samples import Benchmark, Sample, rle_samples
-from data import read_json
+from trust.files import read_json
 
 
 def read_mevis(root: str, split: str) -> list[Sample]:

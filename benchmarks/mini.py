@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.toy import Scene, toy_queries, toy_scene
-from data import BadInput
+from trust.errors import BadInput
 
 
 def write_mini(benchmark, root: str, videos=4):

@@ -18,7 +18,9 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.samples import Benchmark, Sample, rle_mask
-from data import BadInput, parse_json, read_json, reading
+from data import parse_json
+from trust.errors import BadInput, reading
+from trust.files import read_json
 
 # The names of unfinished files and folders end with this.
 PARTIAL = ".partial"

@@ -24,7 +24,8 @@ from benchmarks.media import read_image
 from benchmarks.metrics import by_kind, mean_picture, overlap, score_picture
 from benchmarks.mini import put, rectangles, stills
 from benchmarks.samples import Benchmark, Sample, files_of, named, polygon_mask, require, with_masks
-from data import BadInput, read_json, reading
+from trust.errors import BadInput, reading
+from trust.files import read_json
 
 # Values of a drawn picture.
 TARGET = 1

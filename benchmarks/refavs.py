@@ -31,8 +31,9 @@ from benchmarks.metrics import mean_row, of_kind
 from benchmarks.mini import put
 from benchmarks.samples import Benchmark, Sample, label_masks, with_masks
 from benchmarks.toy import toy_scene
-from data import SAMPLE_RATE, BadInput, reading
+from data import SAMPLE_RATE
 from rewards import region_similarity
+from trust.errors import BadInput, reading
 
 SPLITS = ("train", "val", "test_s", "test_u", "test_n")
 FRAMES = range(10)    # of every video

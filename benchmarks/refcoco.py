@@ -20,13 +20,13 @@ import pickle
 from dataclasses import replace
 from functools import partial
 
-
 from benchmarks.media import read_image
 from benchmarks.metrics import picture_subsets, score_picture
 from benchmarks.mini import put, rectangles, stills
 from benchmarks.samples import Benchmark, Sample, require, rle_mask, with_masks
 from benchmarks.toy import CANVAS
-from data import BadInput, read_json, reading
+from trust.errors import BadInput, reading
+from trust.files import read_json
 
 UNC = ("train", "val", "testA", "testB")
 UMD = ("train", "val", "test")

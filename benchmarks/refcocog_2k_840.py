@@ -22,7 +22,7 @@ from PIL import Image
 from benchmarks.mini import encoded, stills
 from benchmarks.samples import Benchmark, Sample, files_of, require
 from benchmarks.toy import CANVAS
-from data import BadInput, reading
+from trust.errors import BadInput, reading
 
 SIDE = 840    # of the pictures, in pixels
 COLUMNS = ["id", "problem", "solution", "img_height", "img_width"]

@@ -30,10 +30,18 @@ from benchmarks.metrics import boundary_accuracy, mean_row
 from benchmarks.mini import put, write_clips
 from benchmarks.predictions import read_prediction
 from benchmarks.samples import (
-    Benchmark, Sample, expressions, label_masks, named, read_labels, require, with_masks)
+    Benchmark,
+    Sample,
+    expressions,
+    label_masks,
+    named,
+    read_labels,
+    require,
+    with_masks,
+)
 from benchmarks.toy import toy_scene
-from data import BadInput
 from rewards import region_similarity
+from trust.errors import BadInput
 
 
 def read_refdavis(root: str, split: str) -> list[Sample]:

@@ -11,7 +11,7 @@ The official metric is J and F, which only the server computes: the masks are no
 """
 from benchmarks.mini import ask, put, write_clips
 from benchmarks.samples import Benchmark, Sample, expressions, require
-from data import read_json
+from trust.files import read_json
 
 
 def read_refytvos(root: str, split: str) -> list[Sample]:

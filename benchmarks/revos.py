@@ -25,7 +25,8 @@ from benchmarks.metrics import mean_row, of_kind, score_video
 from benchmarks.mini import ask, put, write_clips
 from benchmarks.samples import Benchmark, Sample, named, require, rle_masks, rle_samples
 from benchmarks.toy import CANVAS, Scene
-from data import BadInput, read_json
+from trust.errors import BadInput
+from trust.files import read_json
 
 KINDS = ("referring", "reasoning", "hallucination")
 COLUMNS = ("J", "F", "A", "R", "A_x255", "R_x255")

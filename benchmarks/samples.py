@@ -19,7 +19,9 @@ from PIL import Image
 
 from benchmarks.media import open_video, read_image, read_sound
 from benchmarks.metrics import by_kind, score_video
-from data import FPS, SAMPLE_RATE, BadInput, Clip, Frames, read_json, spread
+from data import FPS, SAMPLE_RATE, Clip, Frames, spread
+from trust.errors import BadInput
+from trust.files import read_json
 
 # Seconds by which a sound may end before its video.
 SOUND_SLACK = 0.5

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.samples import Benchmark, Sample
-from data import FPS, SAMPLE_RATE, BadInput, Clip, Frames
+from data import FPS, SAMPLE_RATE, Clip, Frames
+from trust.errors import BadInput
 
 CANVAS = 128
 COLOURS = {

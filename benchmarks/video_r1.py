@@ -16,7 +16,8 @@ from PIL import Image
 from benchmarks.mini import encoded, put
 from benchmarks.samples import Benchmark, Sample, require
 from benchmarks.toy import CANVAS, toy_scene
-from data import FPS, SAMPLE_RATE, answer_text, read_json
+from data import FPS, SAMPLE_RATE, answer_text
+from trust.files import read_json
 
 TEXTS = ("problem", "data_type", "problem_type", "path", "solution")
 

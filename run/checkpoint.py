@@ -26,10 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from data import BadInput, one_line, read_json
 from model import Adapted, Thinker
 from run.settings import resumable_names
 from segment import reference_folder
+from trust.errors import BadInput, one_line
+from trust.files import read_json
 
 
 # ---- before a run ----------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader
 
 from benchmarks import dataset_root, open_split, trained_on
 from benchmarks.samples import Benchmark, Sample, load
-from data import MOST_FRAMES, BadInput, Clip, Frames, Processor, one_line, prompt_inputs
+from data import Clip, Frames, Processor, prompt_inputs
+from trust.errors import BadInput, one_line
+from trust.options import MOST_FRAMES
 
 # Samples with more objects are left out: without some of them a right answer would count as wrong.
 MOST_OBJECTS = 3

@@ -12,7 +12,8 @@ import torch
 
 from data import KEYFRAMES
 from model import HEAD_TOKENS, Thinker, add_adapters, read_config
-from segment import build_sam2, find_config, reference_folder
+from segment import reference_folder
+from trust.sam2_config import build_sam2, find_config
 
 # ---- GPUs ------------------------------------------------------------------------------------------
 # GB of a device.

@@ -12,7 +12,9 @@ import os
 import sys
 
 from benchmarks import add_roots, roots_given
-from data import BadInput, JoinWords, Parser, fail, read_json, true_or_false
+from trust.errors import BadInput, fail
+from trust.files import read_json
+from trust.options import JoinWords, Parser, true_or_false
 
 
 def setting(

@@ -53,12 +53,14 @@ from transformers import (
 from transformers.utils import logging
 
 from benchmarks.toy import toy_scene
-from data import Clip, Frames, at_least
+from data import Clip, Frames
 from grpo import group_advantages, policy_loss
 from model import Prompt, Thinker
 from rewards import mask_box
 from run.plan import GPU_LIMITS, pass_operations, token_bytes
-from segment import TOY_SAM2, Tracker, build_sam2, find_config, track_groups
+from segment import Tracker, track_groups
+from trust.options import TOY_SAM2, at_least
+from trust.sam2_config import build_sam2, find_config
 
 PARTS = ("rollout", "policy", "reference", "masks", "whole")
 # Times faster (and of memory: times less) than the recipe.

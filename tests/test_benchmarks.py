@@ -30,10 +30,11 @@ from benchmarks.predictions import write_prediction
 from benchmarks.samples import load, polygon_mask, rle_mask
 from benchmarks.toy import CANVAS, TOY_SPLITS, toy_clip, toy_queries
 from benchmarks.video_r1 import video_file
-from data import SAMPLE_RATE, BadInput
+from data import SAMPLE_RATE
 from eval import score_predictions
 from run import draw
 from tests.world import ROOT, evaluate_here, seen_scene, train_here
+from trust.errors import BadInput
 
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
 

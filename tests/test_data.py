@@ -11,19 +11,50 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoTokenizer, Qwen2_5OmniProcessor, Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration,
-    Qwen2VLImageProcessor, Qwen2VLVideoProcessor, WhisperFeatureExtractor)
+    AutoTokenizer,
+    Qwen2_5OmniProcessor,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    WhisperFeatureExtractor,
+)
 
 import data
 from benchmarks.toy import toy_clip
 from data import (
-    FIRST_FRAME_TASK, KEYFRAME_TASK, KEYFRAMES, PICTURE_TASK, QUESTION_FORMS, QUESTION_TASK, SAMPLE_RATE,
-    TASKS, BadInput, Clip, Frames, JoinWords, Parser, Processor, answer_text, device_name,
-    first_frame_prompt, format_time, frames_to_ground, grounding_prompt, is_null, keyframe_prompt,
-    keyframes, own_boxes, parse_boxes, parse_moments, parse_time, prompt, prompt_inputs, spread,
-    true_or_false)
+    FIRST_FRAME_TASK,
+    KEYFRAME_TASK,
+    KEYFRAMES,
+    PICTURE_TASK,
+    QUESTION_FORMS,
+    QUESTION_TASK,
+    SAMPLE_RATE,
+    TASKS,
+    Clip,
+    Frames,
+    Processor,
+    answer_text,
+    first_frame_prompt,
+    format_time,
+    frames_to_ground,
+    grounding_prompt,
+    is_null,
+    keyframe_prompt,
+    keyframes,
+    own_boxes,
+    parse_boxes,
+    parse_moments,
+    parse_time,
+    prompt,
+    prompt_inputs,
+    spread,
+)
 from rewards import format_reward
 from tests.world import SMALL_FILES, TOY, answered, block, naming, noise_picture, said
+from trust import options
+from trust.errors import BadInput
+from trust.options import JoinWords, Parser, device_name, true_or_false
 
 # Preprocessing of Qwen2.5-Omni-7B.
 REAL = dict(
@@ -864,8 +895,9 @@ def test_true_or_false():
 
 @pytest.mark.parametrize("there", [True, False])
 def test_device_name(monkeypatch, there):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(options, "has_gpu", lambda: there)
     assert device_name("cpu") == "cpu"
+    assert device_name("auto") == "auto"
     refused = ["mps", "CPU", "", "cuda:1"]
     if there:
         assert device_name("cuda") == "cuda"

@@ -20,8 +20,9 @@ from benchmarks.predictions import prediction_folder, read_prediction, write_pre
 from benchmarks.samples import Sample
 from benchmarks.toy import CANVAS, toy_clip
 from eval import visible_share
-from segment import TOY_POLICY, segment
+from segment import segment
 from tests.world import evaluate_here, run_program
+from trust.options import TOY_POLICY
 
 # An answer in the right format.
 WELL_FORMED = "<think>why</think><answer>null</answer>"

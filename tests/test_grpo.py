@@ -17,8 +17,9 @@ from grpo import accumulate_gradients, collect, group_advantages, kl_divergence,
 from model import Thinker
 from rewards import total_rewards, vos_rewards
 from run.log import Watch
-from segment import TOY_POLICY, ground, track_groups
+from segment import ground, track_groups
 from tests.world import settings_of
+from trust.options import TOY_POLICY
 
 DIVERGENCES = ["k1", "k2", "k3"]
 RATIOS = ["token", "sequence"]

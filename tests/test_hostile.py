@@ -12,12 +12,29 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 import train
 from data import (
-    KEYFRAMES, Clip, Frames, answer_text, blocks, frames_to_ground, is_null, keyframe_prompt, keyframes,
-    parse_box, parse_boxes, parse_json, parse_moments, parse_numbers, parse_time, plain)
+    KEYFRAMES,
+    Clip,
+    Frames,
+    answer_text,
+    blocks,
+    frames_to_ground,
+    is_null,
+    keyframe_prompt,
+    keyframes,
+    parse_box,
+    parse_boxes,
+    parse_json,
+    parse_moments,
+    parse_numbers,
+    parse_time,
+    plain,
+)
 from grpo import group_advantages
 from rewards import format_reward, parse_number, reward_terms, total_rewards
 from segment import to_source

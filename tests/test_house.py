@@ -15,7 +15,7 @@ from tests.world import ROOT
 
 NAMES = {benchmark.name for benchmark in BENCHMARKS}
 CORE = ("model", "grpo", "rewards", "segment", "train", "data", "eval")
-FOLDERS = (".", "benchmarks", "run", "toy", "speed", "tests")
+FOLDERS = (".", "trust", "benchmarks", "run", "toy", "speed", "tests")
 
 
 def sources() -> list[Path]:
@@ -48,19 +48,20 @@ each_file = pytest.mark.parametrize("path", SOURCES, ids=IDS)
 # ---- arrows ----------------------------------------------------------------------------------------
 # A room imports from lower floors, and from itself.
 FLOORS = {
-    "data": 0,
-    "model": 1,
-    "rewards": 1,
-    "benchmarks": 2,
-    "segment": 3,
-    "grpo": 4,
-    "eval": 4,
-    "toy": 4,
-    "run": 5,
-    "train": 6,
-    "speed": 7,
-    "tests": 8,
-    "test_all": 9,
+    "trust": 0,
+    "data": 1,
+    "model": 2,
+    "rewards": 2,
+    "benchmarks": 3,
+    "segment": 4,
+    "grpo": 5,
+    "eval": 5,
+    "toy": 5,
+    "run": 6,
+    "train": 7,
+    "speed": 8,
+    "tests": 9,
+    "test_all": 10,
 }
 
 

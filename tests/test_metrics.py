@@ -25,8 +25,8 @@ from benchmarks.refavs import at_256, refavs_subsets, region_f, score_refavs
 from benchmarks.refdavis import davis_subsets, match_objects, write_davis
 from benchmarks.revos import revos_subsets, score_revos
 from benchmarks.samples import Sample, load
-from data import BadInput
 from eval import score_predictions, score_sample, score_table
+from trust.errors import BadInput
 
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
 TESTED = [benchmark.name for benchmark in BENCHMARKS if benchmark.tested]

@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 import model as model_file
-from data import BadInput
 from model import (
     Cache,
     Prefill,
@@ -49,6 +48,7 @@ from tests.world import (
     text_ids,
     tiny_config,
 )
+from trust.errors import BadInput
 
 
 # ---- slow twins, and what is compared --------------------------------------------------------------

@@ -13,9 +13,25 @@ import pytest
 import train
 from data import KEYFRAMES, TASKS, Clip, frames_to_ground, keyframes, parse_moments
 from rewards import (
-    KEYFRAME_TERMS, NO_ACCURACY, TERMS, avs_reward, box_iou, combine, image_rewards, length_bonus,
-    length_term, mask_box, number_term, overlap_term, parse_number, question_reward, region_similarity,
-    reward_terms, total_rewards, vos_rewards)
+    KEYFRAME_TERMS,
+    NO_ACCURACY,
+    TERMS,
+    avs_reward,
+    box_iou,
+    combine,
+    image_rewards,
+    length_bonus,
+    length_term,
+    mask_box,
+    number_term,
+    overlap_term,
+    parse_number,
+    question_reward,
+    region_similarity,
+    reward_terms,
+    total_rewards,
+    vos_rewards,
+)
 from run.settings import read_settings, setting
 from tests.world import answered, block, said, settings_of, single
 

@@ -33,7 +33,7 @@ import run.checkpoint
 import run.draw
 import train
 from benchmarks.toy import toy_clip
-from data import BadInput, Clip, Frames, Processor, frames_to_ground, prompt_inputs
+from data import Clip, Frames, Processor, frames_to_ground, prompt_inputs
 from model import Cache, Prompt, Thinker, read_config
 from rewards import reward_terms, total_rewards
 from run.checkpoint import check_place, only_one
@@ -42,8 +42,10 @@ from run.log import Watch
 from run.plan import memory_plan
 from run.processes import guard, start_processes
 from run.settings import frame_range
-from segment import TOY_POLICY, ground, thinker_system2
+from segment import ground, thinker_system2
 from tests.world import ROOT, settings_of
+from trust.errors import BadInput
+from trust.options import TOY_POLICY
 
 TINY = ("--device cpu --threads 1 --workers 0 --dtype float32 --batch 2 --updates 1 --group 2 "
         "--max_new_tokens 16 --consistency 0").split()

@@ -14,16 +14,12 @@ from sam2 import sam2_video_predictor
 
 import segment as segment_program
 from benchmarks.toy import toy_clip, toy_scene
-from data import BadInput, Clip, Frames, Processor, grounding_prompt, parse_boxes
+from data import Clip, Frames, Processor, grounding_prompt, parse_boxes
 from model import Thinker
 from rewards import box_iou, mask_box
 from segment import (
-    TOY_POLICY,
-    TOY_SAM2,
     FrameFeatures,
     Tracker,
-    build_sam2,
-    find_config,
     ground,
     load_system2,
     plugged,
@@ -33,6 +29,9 @@ from segment import (
     track_groups,
 )
 from tests.world import ROOT, naming
+from trust.errors import BadInput
+from trust.options import TOY_POLICY, TOY_SAM2
+from trust.sam2_config import build_sam2, find_config
 
 RED = "red circle"
 BLUE = "blue circle"

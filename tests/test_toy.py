@@ -7,9 +7,21 @@ import pytest
 from benchmarks import find_benchmark, toy
 from benchmarks.samples import load
 from benchmarks.toy import (
-    CANVAS, COLOURS, OVERTONES, PITCH, TOY_KINDS, TOY_SPLITS, UNSEEN_PAIRS, inside, read_toy, toy_clip,
-    toy_queries, toy_scene)
-from data import SAMPLE_RATE, BadInput
+    CANVAS,
+    COLOURS,
+    OVERTONES,
+    PITCH,
+    TOY_KINDS,
+    TOY_SPLITS,
+    UNSEEN_PAIRS,
+    inside,
+    read_toy,
+    toy_clip,
+    toy_queries,
+    toy_scene,
+)
+from data import SAMPLE_RATE
+from trust.errors import BadInput
 
 COUNTS = {"train": 30, "test": 8, "pairs": 12, "long": 8}
 

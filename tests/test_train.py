@@ -17,15 +17,16 @@ import eval as evaluation
 import segment
 import train
 from benchmarks.toy import toy_clip
-from data import MOST_FRAMES, BadInput, Clip, Frames, prompt_inputs
+from data import Clip, Frames, prompt_inputs
 from grpo import collect
 from rewards import TERMS
 from run.draw import Source, epoch_length, sample_loader, training_sources
 from run.log import Watch
 from run.processes import start_processes
 from run.settings import frame_range, read_settings, resumable_names, setting
-from segment import TOY_POLICY
 from tests.world import jpeg, run_program, settings_of, train_here, write_avi
+from trust.errors import BadInput
+from trust.options import MOST_FRAMES, TOY_POLICY
 
 
 def read_rows(folder, name="run"):

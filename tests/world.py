@@ -20,11 +20,14 @@ from transformers import Qwen2_5OmniThinkerConfig
 import eval as evaluation
 import train
 from benchmarks.toy import toy_scene
-from data import BadInput, Processor
+from data import Processor
 from grpo import Systems
 from model import Thinker
 from run.settings import read_settings
-from segment import TOY_POLICY, TOY_SAM2, Tracker, find_config, thinker_system2
+from segment import Tracker, thinker_system2
+from trust.errors import BadInput
+from trust.options import TOY_POLICY, TOY_SAM2
+from trust.sam2_config import find_config
 
 ROOT = Path(__file__).parent.parent
 TOY = ROOT / "toy/policy"

@@ -59,7 +59,8 @@ from data import (
 )
 from model import Thinker, read_config
 from rewards import box_iou, mask_box, region_similarity
-from segment import MEAN, STD, Tracker, build_sam2
+from segment import MEAN, STD, Tracker
+from trust.sam2_config import build_sam2
 
 HERE = os.path.join(ROOT, "toy")
 POLICY = os.path.join(HERE, "policy")
