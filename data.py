@@ -18,17 +18,34 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+if __name__ == "__main__":
+    # `python data.py check | show | mini` is a program of benchmarks/, as this file knows no dataset.
+    import runpy
+    runpy.run_module("benchmarks.check", run_name="__main__")
+    sys.exit()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from trust.errors import BadInput, reading
-from trust.files import check_policy_folder, read_json
+from trust.files import read_json
 from trust.options import MOST_FRAMES
+from trust.policy import (
+    check_fit,
+    check_prompts,
+    check_template,
+    find_template,
+    kept_files,
+    positions_of_time,
+    read_policy_config,
+    read_preprocessing,
+)
 
 FPS = 2.0              # frames a second at which System 1 is shown every clip (paper, section 3.1)
 SAMPLE_RATE = 16000    # of every soundtrack, Hz
 KEYFRAMES = 4          # most keyframes of an answer, and how many the reward prefers (the paper's K_0)
+LONGEST_QUERY = 8000   # characters; queries for masks have under 500, questions with a text a few thousand
 
 # x1, y1, x2, y2 in pixels, corners inside the box.
 Box = tuple[float, float, float, float]
@@ -164,6 +181,20 @@ def encodable(text: str) -> str:
     Such halves come from JSON ("\\ud83d") or from an undecodable byte of the command line.
     """
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def check_text(text, what: str) -> str:
+    """The text of a user or a dataset, unchanged. Raises BadInput where it is empty or too long.
+
+    The time of a prompt grows with the square of its length.
+    """
+    if not isinstance(text, str):
+        raise BadInput(f"{what} is a {type(text).__name__}")
+    if not any(character.isprintable() and character != " " for character in text):
+        raise BadInput(f"{what} is empty")
+    if len(text) > LONGEST_QUERY:
+        raise BadInput(f"{what} has {len(text)} characters, more than {LONGEST_QUERY}")
+    return text
 
 
 def format_time(seconds: float) -> str:
@@ -409,8 +440,12 @@ BOX = re.compile(r'"bbox_2d"\s*:\s*(\[[^\[\]]*\])')
 
 
 def grounding_prompt(description: str) -> list[dict]:
-    """Messages that show System 2 one picture and ask for the boxes of what is described."""
-    return messages("".join(GROUNDING_TASK).format(query=plain(description)), "image")
+    """Messages that show System 2 one picture and ask for the boxes of what is described.
+
+    A description is cut at LONGEST_QUERY characters: a completion may be one long description.
+    """
+    description = plain(description[:LONGEST_QUERY])
+    return messages("".join(GROUNDING_TASK).format(query=description), "image")
 
 
 def parse_boxes(text: str, most: int = 16) -> list[Box]:
@@ -440,6 +475,8 @@ class Inputs:
 
 
 MEDIA = re.compile(r"<\|(?:vision|audio)_bos\|><\|(IMAGE|VIDEO|AUDIO)\|><\|(?:vision|audio)_eos\|>")
+# Of the prompts of all tasks.
+MEDIA_OF_PROMPTS = (("video",), ("image",), ("image", "audio"))
 
 
 class Processor:
@@ -456,7 +493,7 @@ class Processor:
         0 means what the directory's preprocessor_config.json says, else 128 and 900 (paper, section 3.1).
         Raises FileNotFoundError or BadInput, naming what is missing or malformed.
         """
-        check_policy_folder(path)
+        _, thinker = read_policy_config(path)
         self.path = path
         self.budgets = {}
         if video_tokens:
@@ -464,47 +501,45 @@ class Processor:
         if image_tokens:
             self.budgets["image_tokens"] = image_tokens
         self.read_preprocessing(os.path.join(path, "preprocessor_config.json"))
-        self.read_config(os.path.join(path, "config.json"))
+        self.read_config(os.path.join(path, "config.json"), thinker)
         self.read_tokenizer(os.path.join(path, "tokenizer.json"))
+        check_fit(self)
         self.check_tokenizer()
 
     def read_preprocessing(self, file):
         from transformers import WhisperFeatureExtractor
-        values = read_json(file)
+        values = read_preprocessing(file, SAMPLE_RATE) | self.budgets
+        self.patch = values["patch_size"]
+        self.merge = values["merge_size"]
+        self.pair = values["temporal_patch_size"]
+        self.mean = torch.tensor(values["image_mean"])
+        self.std = torch.tensor(values["image_std"])
+        self.video_tokens = values.get("video_tokens", 128)
+        self.image_tokens = values.get("image_tokens", 900)
         with reading(file):
-            self.features = WhisperFeatureExtractor.from_pretrained(self.path, local_files_only=True)
-            self.patch = int(values["patch_size"])
-            self.merge = int(values["merge_size"])
-            self.pair = int(values["temporal_patch_size"])
-            self.mean = torch.tensor(values["image_mean"])
-            self.std = torch.tensor(values["image_std"])
-            values |= self.budgets
-            self.video_tokens = int(values.get("video_tokens", 128))
-            self.image_tokens = int(values.get("image_tokens", 900))
+            self.features = WhisperFeatureExtractor.from_dict(values)
+            # Some values are used only now.
+            self.spectrogram(np.zeros(SAMPLE_RATE, np.float32))
 
-    def read_config(self, file):
+    def read_config(self, file, thinker):
         from transformers import AutoConfig
-        config = read_json(file)
         with reading(file):
             # The tokenizer reads it too, but its errors would name another file.
-            AutoConfig.from_pretrained(self.path, local_files_only=True)
-            config = config.get("thinker_config", config)
-            # Position ids of a second of video or sound, and of a turn when the two take turns.
-            self.per_second = config.get("position_id_per_seconds", 25)
-            self.chunk = int(self.per_second * config.get("seconds_per_chunk", 2))
+            config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+        self.config = getattr(config, "thinker_config", config)
+        # Position ids of a second of video or sound, and of a turn when the two take turns.
+        self.per_second, self.chunk = positions_of_time(thinker, file)
 
     def read_tokenizer(self, file):
         from transformers import AutoTokenizer
-        # The tokenizer loads without this file, but lacks the chat template then.
-        read_json(os.path.join(self.path, "tokenizer_config.json"))
+        self.template = find_template(self.path)
         with reading(file):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False)
         if self.tokenizer.chat_template is None:
             # Older checkpoints keep it in a file of its own.
-            template = os.path.join(self.path, "chat_template.json")
-            older = read_json(template)
-            with reading(template):
-                self.tokenizer.chat_template = older["chat_template"]
+            self.tokenizer.chat_template = read_json(self.template).get("chat_template")
+        check_template(self.tokenizer.chat_template, self.template)
         token = self.tokenizer.convert_tokens_to_ids
         self.image = token("<|IMAGE|>")
         self.video = token("<|VIDEO|>")
@@ -516,12 +551,19 @@ class Processor:
         self.eos_ids = {self.tokenizer.eos_token_id, token("<|im_end|>"), token("<|endoftext|>")} - {None}
 
     def check_tokenizer(self):
-        """Warns of too many tokens in the prompt. The toy's tokenizer has one token for each sentence."""
+        """Tries the prompts. Warns where they have too many tokens.
+
+        The toy's tokenizer has one token for each sentence.
+        """
         text = "".join(KEYFRAME_TASK)
-        tokens = len(self.encode_text(text))
+        chats = [messages(text, *media) for media in MEDIA_OF_PROMPTS]
+        tokens = check_prompts(self, chats, MEDIA, text)
         if tokens > len(text) / 3:
             print(f"warning: the tokenizer of {self.path} cuts the prompt's {len(text)} letters into "
                   f"{tokens} tokens; it was made for other sentences than those of data.py", file=sys.stderr)
+
+    def render(self, messages) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def video_inputs(self, messages, frames, fps=FPS, sound=None) -> Inputs:
         """Inputs of a prompt with one video of T frames and, where there is one, its sound interleaved."""
@@ -590,11 +632,12 @@ class Processor:
     def spectrogram(self, sound):
         """Log-mel spectrogram (bins, mel frames) of a 16 kHz sound, or None if too short for a sound token.
 
-        One window of silence is added at the end, up to whole hops. transformers adds minutes of it there.
+        One window of silence is added at the end, up to whole hops. transformers adds minutes of it there. As
+        in transformers, nothing is heard after `features.n_samples` (300 s for Qwen2.5-Omni).
         """
         if sound is None:
             return None
-        longest = len(sound) + self.features.n_fft
+        longest = min(len(sound) + self.features.n_fft, self.features.n_samples)
         out = self.features(sound, sampling_rate=SAMPLE_RATE, padding="max_length", max_length=longest,
                             pad_to_multiple_of=self.features.hop_length, return_attention_mask=True,
                             return_tensors="pt")
@@ -607,7 +650,7 @@ class Processor:
         If the messages have no place for a sound, it is the video's, and the two take turns.
         seconds: how long a temporal patch lasts.
         """
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = self.render(messages)
         # Text at even places, the name of a medium at odd ones.
         pieces = MEDIA.split(text)
         ids = []
@@ -677,10 +720,8 @@ class Processor:
         policy.
         """
         os.makedirs(path, exist_ok=True)
-        for name in os.listdir(self.path):
-            small = name.endswith((".json", ".txt", ".jinja")) and "safetensors" not in name
-            if small and name != "config.json":
-                shutil.copy(os.path.join(self.path, name), path)
+        for name in kept_files(self.path):
+            shutil.copyfile(os.path.join(self.path, name), os.path.join(path, name))
         if self.budgets:
             file = os.path.join(path, "preprocessor_config.json")
             values = read_json(file) | self.budgets
@@ -699,9 +740,3 @@ def resize(image, height, width):
     if pixels.shape[1:] == (height, width):
         return pixels
     return F.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
-
-
-if __name__ == "__main__":
-    # `python data.py check | show | mini` is a program of benchmarks/, as this file knows no dataset.
-    import runpy
-    runpy.run_module("benchmarks.check", run_name="__main__")

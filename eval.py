@@ -12,7 +12,6 @@ Predictions are written sample by sample: the same command continues after an in
 shares the work. Two columns are added to the official ones, in per cent: `visible`, the share of keyframes on
 which the target is visible, and `format`, the share of well-formed answers.
 """
-import argparse
 import json
 import math
 import os
@@ -21,32 +20,97 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
+from benchmarks import (
+    add_roots,
+    check_root,
+    chosen_root,
+    find_benchmark,
+    find_entry,
+    open_split,
+    split_names,
+    tested_names,
+)
+from trust.errors import BadInput, fail, reading
+from trust.files import read_json
+from trust.options import (
+    Parser,
+    add_model_options,
+    at_least,
+    check_given,
+    check_models,
+    reference_folder,
+    true_or_false,
+)
+from trust.program import begin_program
+
+
+# ---- options ---------------------------------------------------------------------------------------
+def read_options(arguments: list[str] | None = None):
+    """The options of the command line. Exits with code 2 and one line where one cannot be right."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--bench", default="toy", choices=tested_names(), help="what is evaluated")
+    add("--split", help="of the benchmark, several by commas; default: those that are usually evaluated")
+    add_roots(parser)
+    add("--predictions", metavar="PATH", help="scores what is there, of any model, instead of a policy")
+    add_model_options(parser)
+    add("--limit", "--clips", type=at_least(1), help="how many samples, the first ones; default: as usual")
+    add("--zip", action="store_true", help="whether the predictions are packed for the benchmark's server")
+    add("--batch", type=at_least(1), default=16, help="clips at a time")
+    add("--against", metavar="FILE", help="results.json of another evaluation, for the paired difference")
+    add("--out", metavar="DIR", default="out/eval", help="folder of all that is written")
+    add("--overwrite", type=true_or_false, nargs="?", const=True, default=False,
+        help="whether the predictions that are in --out are replaced")
+    options = parser.parse_args(arguments)
+    try:
+        check_options(options)
+    except (OSError, BadInput) as error:
+        sys.exit(fail(error))
+    return options
+
+
+def check_options(options):
+    """Raises BadInput or FileNotFoundError for an unknown split and for files that are missing."""
+    entry = find_entry(options.bench)
+    split_names(entry, options.split or entry.tested)
+    check_root(entry, chosen_root(entry, options))
+    if options.against:
+        check_given("against", options.against)
+    if options.predictions:
+        check_given("predictions", options.predictions, folder=True)
+    else:
+        check_models(options)
+
+
+if __name__ == "__main__":
+    begin_program()
+    # A wrong option is told now: the imports below take seconds.
+    read_options()
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchmarks import BENCHMARKS, add_roots, chosen_root, find_benchmark, open_split
 from benchmarks.metrics import paired_difference
 from benchmarks.predictions import (
+    begin_prediction,
     check_claim,
     clear,
     fingerprint,
+    finish_prediction,
     is_whole,
     open_predictions,
     read_answers,
     read_prediction,
     scored_names,
     unpredicted,
-    write_prediction,
+    write_frame,
     zip_predictions,
 )
 from benchmarks.samples import Benchmark, Sample, load
 from rewards import format_reward
-from segment import chosen_device, load_models, reference_folder, segment
-from trust.errors import BadInput, fail, reading
-from trust.files import read_json
-from trust.options import Parser, add_model_options, at_least, true_or_false
+from segment import NoBoxes, answer_clips, chosen_device, follow_answers, load_models
 
 ANSWER_COLUMNS = ("visible", "format")
 
@@ -73,6 +137,9 @@ def predict_batch(options, benchmark, samples, models, answers):
     """Predicts some samples. A sample that cannot be read is named and gets no prediction."""
     try:
         segment_batch(options, benchmark, samples, models, answers)
+    # The fault of a System 2 from a file is not the samples'.
+    except NoBoxes:
+        raise
     except BadInput as error:
         if len(samples) == 1:
             tqdm.write(f"no prediction for {samples[0].name}: {error}", file=sys.stderr)
@@ -88,14 +155,20 @@ def segment_batch(options, benchmark, samples, models, answers):
     for sample in samples:
         asked = replace(sample, read_masks=None, task=benchmark.task or sample.task)
         clips.append(load(asked))
-    results = segment(*models, clips, options.max_new_tokens, options.frames)
-    for sample, result in zip(samples, results):
-        answer = dict(name=sample.name, query=sample.query, text=result.text, keyframes=result.keyframes,
-                      boxes=result.boxes)
-        # The answer comes before the masks, because a sample with masks is never predicted again.
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-        write_prediction(options.out, sample, result.masks)
+        if len(clips[-1].frames) != len(sample.names):
+            raise BadInput(f"{sample.name}: {len(clips[-1].frames)} frames for {len(sample.names)} names")
+    policy, system2, processor, tracker = models
+    found = answer_clips(policy, system2, processor, clips, options.max_new_tokens, options.frames)
+    # Answers come before masks, because a sample with masks is never predicted again.
+    for sample, answer in zip(samples, found):
+        answers.write(json.dumps(dict(name=sample.name, query=sample.query) | vars(answer)) + "\n")
+        begin_prediction(options.out, sample)
+    answers.flush()
+    # Masks are written as they come: all masks of a batch of long videos do not fit into memory.
+    for c, t, mask in follow_answers(tracker, clips, found):
+        write_frame(options.out, samples[c], t, mask)
+        if t == len(clips[c].frames) - 1:
+            finish_prediction(options.out, samples[c])
 
 
 def run_claim(options, benchmark, root) -> dict:
@@ -171,7 +244,8 @@ def visible_share(sample, true, keyframes) -> float | None:
     Keyframes that are not scored are left out. None without keyframes or without a target.
     """
     visible = dict(zip(scored_names(sample), true.any((0, 2, 3))))
-    names = [sample.names[t] for t in keyframes]
+    # Answers of others may name frames that are not there.
+    names = [sample.names[t] for t in keyframes if 0 <= t < len(sample.names)]
     shown = [visible[name] for name in names if name in visible]
     if not shown or not true.any():
         return None
@@ -268,7 +342,7 @@ def evaluate(options):
     """Predicts what is not predicted yet, each process its share. The first process then scores."""
     benchmark = find_benchmark(options.bench)
     root = chosen_root(benchmark, options)
-    splits = (options.split or benchmark.tested).split(",")
+    splits = split_names(benchmark, options.split or benchmark.tested)
     listed = []
     for split in splits:
         listed += open_split(benchmark, split, root)
@@ -356,22 +430,8 @@ def write_json(value, path):
 
 
 def main(arguments=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--bench", default="toy", choices=[benchmark.name for benchmark in BENCHMARKS if benchmark.tested])
-    add("--split", help="of the benchmark, several by commas; default: those that are usually evaluated")
-    add_roots(parser)
-    add("--predictions", metavar="DIR", help="scores what is there, of any model, instead of a policy")
-    add_model_options(parser)
-    add("--limit", "--clips", type=at_least(1), help="how many samples, the first ones; default: as usual")
-    add("--zip", action="store_true", help="packs the predictions for the benchmark's server")
-    add("--batch", type=at_least(1), default=16, help="clips at a time")
-    add("--against", metavar="FILE", help="results.json of another evaluation, for the paired difference")
-    add("--out", default="out/eval")
-    add("--overwrite", type=true_or_false, nargs="?", const=True, default=False,
-        help="replaces the predictions that are in --out")
     try:
-        evaluate(parser.parse_args(arguments))
+        evaluate(read_options(arguments))
     except (OSError, BadInput) as error:
         sys.exit(fail(error))
 

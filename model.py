@@ -38,7 +38,9 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 
 from data import Inputs, sound_tokens
 from trust.errors import BadInput, one_line, reading
-from trust.files import POLICY_EXPECTED, check_policy_folder, read_json
+from trust.files import POLICY_EXPECTED, check_file, check_name, read_json
+from trust.policy import check_thinker, read_policy_config
+from trust.weights import check_stored, check_weight
 
 # Patches that the vision tower sees at once. Bounds its activations: 0.9 GB for an MLP of the 7B.
 VISION_PATCHES = 65536
@@ -783,21 +785,15 @@ class Thinker(nn.Module):
         config = read_config(path)
         with reading(path / "config.json"), torch.device("meta"):
             model = cls(config)
-            # Fails here if a rotary setting is missing.
-            rotations(torch.zeros(3, 1), config.text_config, dtype)
         # Two buffers are computed, not stored. On the device "meta" they are empty, so they are made again.
         rotary = type(model.visual.rotary_pos_emb)
         model.visual.rotary_pos_emb = rotary(model.visual.config).to(device)
         sinusoids = model.audio_tower.positional_embedding
         sinusoids = type(sinusoids)(sinusoids.length, sinusoids.channels)
         model.audio_tower.positional_embedding = sinusoids.to(device)
-        for file, shard in read_shards(path, dtype, device):
-            try:
-                unexpected = model.load_state_dict(shard, strict=False, assign=True).unexpected_keys
-            except RuntimeError as error:  # shapes differ
-                raise BadInput(f"{file} does not fit {path / 'config.json'} ({one_line(error)})") from None
-            if unexpected:
-                raise BadInput(f"{file} holds a weight that a Thinker does not have: {unexpected[0]}")
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for shard in read_shards(path, shapes, dtype, device):
+            model.load_state_dict(shard, strict=False, assign=True)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
@@ -864,14 +860,12 @@ def read_config(path: Path) -> Qwen2_5OmniThinkerConfig:
 
     Raises FileNotFoundError or BadInput, naming the path and what was expected there.
     """
-    check_policy_folder(path)
-    whole = read_json(path / "config.json")
-    config = whole.get("thinker_config", whole)
-    if not isinstance(config, dict) or config.get("model_type") != "qwen2_5_omni_thinker":
-        raise BadInput(f"{path}/config.json describes a {whole.get('model_type')} model; "
-                       f"expected qwen2_5_omni with a thinker_config, or qwen2_5_omni_thinker")
-    with reading(path / "config.json"):
-        return Qwen2_5OmniThinkerConfig.from_dict(config)
+    _, thinker = read_policy_config(path)
+    file = path / "config.json"
+    with reading(file):
+        config = Qwen2_5OmniThinkerConfig.from_dict(thinker)
+        check_thinker(config, PROMPT_ONLY, file)
+    return config
 
 
 def weight_files(path):
@@ -881,7 +875,7 @@ def weight_files(path):
     if index.is_file():
         listing = read_json(index)
         with reading(index):
-            names = set(listing["weight_map"].values())
+            names = {check_name(name, str(index)) for name in listing["weight_map"].values()}
             return [path / name for name in sorted(names)]
     if single.is_file():
         return [single]
@@ -889,24 +883,29 @@ def weight_files(path):
                             f"expected {single.name}, or {index.name} and its shards")
 
 
-def read_shards(path, dtype, device):
-    """(file, the Thinker's weights in it), file by file, without the prefix "thinker.".
+def read_shards(path, shapes, dtype, device):
+    """The Thinker's weights, {name: tensor} of one file after the other, without the prefix "thinker.".
 
-    The full model's other parts (talker, token2wav) are left out.
+    shapes: of the Thinker's weights by their names. The full model's other parts (talker, token2wav) are left
+    out. Raises FileNotFoundError or BadInput, naming the file.
     """
     for file in weight_files(path):
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(f"{file} is missing, though model.safetensors.index.json names it: "
                                     f"incomplete download?")
+        check_file(file)
         weights = {}
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in shard.keys():
-                    if not name.startswith(("talker.", "token2wav.")):
+                for stored in shard.keys():
+                    if not stored.startswith(("talker.", "token2wav.")):
+                        name = stored.removeprefix("thinker.")
+                        check_stored(shard.get_slice(stored), name, shapes.get(name), file)
                         # The file is mapped into memory. A copy does not keep the mapping alive.
-                        tensor = shard.get_tensor(name).to(device, dtype, copy=True)
-                        weights[name.removeprefix("thinker.")] = tensor
-        except SafetensorError as error:
+                        weights[name] = shard.get_tensor(stored).to(device, dtype, copy=True)
+                        check_weight(weights[name], name, file)
+        # The second where the memory is too small.
+        except (SafetensorError, RuntimeError) as error:
             message = f"not a safetensors file: {file} ({one_line(error)}); incomplete download?"
             raise BadInput(message) from None
-        yield file, weights
+        yield weights

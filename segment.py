@@ -6,15 +6,60 @@ As a program it segments one video, a file or a folder of frames. Without --vide
 
     python segment.py --video V --query Q --policy DIR --sam2_weights FILE --out DIR
 """
-import argparse
 import importlib.util
-import json
 import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from trust.errors import BadInput, fail
+from trust.files import check_file
+from trust.options import (
+    MOST_FRAMES,
+    Parser,
+    add_model_options,
+    at_least,
+    check_given,
+    check_models,
+    reference_folder,
+)
+from trust.program import begin_program
+
+
+# ---- options of the program ------------------------------------------------------------------------
+def read_options(arguments: list[str] | None = None):
+    """The options of the command line. Exits with code 2 and one line where one cannot be right."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--video", metavar="PATH", help="a video file or a folder of frames; without it a toy clip is made")
+    add("--query", help="what to segment; by default that of the toy clip")
+    add("--sound", metavar="FILE", help="wav file; by default the video's own soundtrack")
+    add("--index", type=at_least(0), default=0, help="which toy clip, if no video is given")
+    add_model_options(parser)
+    add("--out", metavar="DIR", default="out/segment", help="folder of all that is written")
+    options = parser.parse_args(arguments)
+    if options.video and not options.query:
+        parser.error("--video needs a --query")
+    if options.sound and not options.video:
+        parser.error("--sound needs a --video")
+    try:
+        if options.video:
+            check_given("video", options.video, folder=True)
+        if options.sound:
+            check_given("sound", options.sound)
+        check_models(options)
+    except (OSError, BadInput) as error:
+        sys.exit(fail(error))
+    return options
+
+
+if __name__ == "__main__":
+    begin_program()
+    # A wrong option is told now: the imports below take seconds.
+    read_options()
 
 import numpy as np
 import torch
@@ -23,13 +68,13 @@ from PIL import Image
 from sam2.modeling.sam2_utils import get_1d_sine_pe
 
 from benchmarks.media import video_clip
-from benchmarks.pictures import overlay, write_animation
+from benchmarks.results import interrupted, write_results
 from benchmarks.toy import toy_clip
 from data import (
     Box,
     Clip,
     Processor,
-    answer_text,
+    check_text,
     frames_to_ground,
     grounding_prompt,
     own_boxes,
@@ -38,9 +83,13 @@ from data import (
     prompt_inputs,
 )
 from model import Thinker
-from trust.errors import BadInput, fail, one_line
-from trust.options import MOST_FRAMES, Parser, add_model_options, at_least
 from trust.sam2_config import build_sam2, find_config
+from trust.weights import load_weights
+
+
+class NoBoxes(BadInput):
+    """The function of a plugged file returned something else. It would do so for any sample."""
+
 
 # Pictures at source size and descriptions, one each -> boxes in source pixels of each picture.
 System2 = Callable[[list[Image.Image], list[str]], list[list[Box]]]
@@ -107,11 +156,12 @@ def plugged(path: str) -> System2:
 
         def boxes(image: PIL.Image, description: str) -> list of (x1, y1, x2, y2) in pixels of the image
 
-    Raises FileNotFoundError without the file and BadInput without the function. Calls raise TypeError where
-    the function returns anything else.
+    Raises FileNotFoundError without the file and BadInput without the function. Calls raise NoBoxes where
+    the function returns anything else. The file is the user's own program: nothing keeps it from anything.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise FileNotFoundError(f"no such file of a grounder: {path}")
+    check_file(path)
     spec = importlib.util.spec_from_file_location("grounder", path)
     if spec is None:
         raise BadInput(f"not a Python file: {path}")
@@ -135,17 +185,20 @@ def plugged(path: str) -> System2:
 
 
 def check_boxes(answer, path) -> list[Box]:
-    """What the function of a file returned, as boxes. TypeError where it is something else."""
+    """What the function of a file returned, as boxes. NoBoxes where it is something else."""
     boxes = []
     try:
         for box in answer:
+            # Of text, each letter would be a number.
+            if isinstance(box, (str, bytes)):
+                raise TypeError("text")
             x1, y1, x2, y2 = map(float, box)
             if not (-math.inf < x1 <= x2 < math.inf and -math.inf < y1 <= y2 < math.inf):
                 raise ValueError("no box")
             boxes.append((x1, y1, x2, y2))
-    except (TypeError, ValueError):
-        message = f"boxes() of {path} returned {str(answer)[:80]}, not a list of (x1, y1, x2, y2)"
-        raise TypeError(message) from None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        returned = " ".join(repr(answer)[:80].split())
+        raise NoBoxes(f"boxes() of {path} returned {returned}, not a list of (x1, y1, x2, y2)") from None
     return boxes
 
 
@@ -157,11 +210,6 @@ def to_source(box: Box, scale: tuple, size: tuple) -> Box:
     height, width = size
     limits = (width - 1, height - 1, width - 1, height - 1)
     return tuple(min(max(value * s, 0.0), limit) for value, s, limit in zip(box, scale * 2, limits))
-
-
-def reference_folder(name: str) -> str:
-    """DIR of a System 2 by the name "reference DIR"; "" of any other."""
-    return name.removeprefix("reference ") if name.startswith("reference ") else ""
 
 
 def load_system2(name: str, policy: Thinker, processor: Processor, dtype: torch.dtype, device) -> System2:
@@ -246,8 +294,8 @@ class Tracker:
     """SAM2, frozen: boxes on keyframes -> masks on every frame.
 
     SAM2's own video predictor tracks one object after the other. Here all objects share one batch and each
-    frame is encoded once. The result is the same. Gradients pass through all methods but `track` and
-    `track_clips`.
+    frame is encoded once. The result is the same. Gradients pass through all methods but `track`,
+    `track_clips` and `follow`.
     """
 
     def __init__(self, model):
@@ -275,15 +323,7 @@ class Tracker:
         """
         config = config or find_config(weights)
         model = build_sam2(config)
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"no such file of SAM2 weights: {weights}")
-        try:
-            saved = dict(torch.load(weights, map_location="cpu", weights_only=True))
-            model.load_state_dict(saved["model"])
-        # torch raises many kinds of errors over malformed files.
-        except Exception as error:
-            message = f"not the SAM2 weights of config {config}: {weights} ({one_line(error)})"
-            raise BadInput(message) from None
+        load_weights(model, weights, config)
         return cls(model.to(device))
 
     def track(self, frames, objects, unions=None) -> np.ndarray:
@@ -296,33 +336,45 @@ class Tracker:
         """
         return self.track_clips([(frames, objects, unions)])[0]
 
-    @torch.inference_mode()
     def track_clips(self, clips) -> list[np.ndarray]:
         """`track` for C clips (frames, objects, unions) at once: objects of all clips share the batches."""
+        masks = [None for _ in clips]
+        for c, t, found in self.follow(clips):
+            if t == 0:
+                G, height, width = found.shape
+                masks[c] = np.empty((G, len(clips[c][0]), height, width), bool)
+            masks[c][:, t] = found
+        return masks
+
+    @torch.inference_mode()
+    def follow(self, clips):
+        """`track_clips` frame by frame: yields (c, t, masks [G, H, W] of frame t of clip c) in order of time.
+
+        Memory does not grow with T: of frames and masks only the last few are held.
+        """
         boxes = []     # of all N objects: {frame: box in the square picture}
         owner = []     # the clip that each object is in
-        unions = []
-        masks = []     # [G, T, H, W] of each clip
-        for c, (frames, objects, clip_unions) in enumerate(clips):
-            width, height = frames[0].size
-            boxes += self.square_boxes(objects, len(frames), width, height)
+        sizes = []     # (width, height) of each clip
+        for c, (frames, objects, _) in enumerate(clips):
+            sizes.append(frames[0].size)
+            boxes += self.square_boxes(objects, len(frames), *sizes[c])
             owner += [c] * len(objects)
-            if clip_unions is None:
-                clip_unions = [[n] for n in range(len(objects))]
-            unions.append(clip_unions)
-            masks.append(np.zeros((len(clip_unions), len(frames), height, width), bool))
-
         lengths = [len(clips[c][0]) for c in owner]
         device = self.model.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             features = FrameFeatures(self, [frames for frames, _, _ in clips], owner, boxes)
-            for t, (logits, _) in enumerate(self.run(features, boxes, lengths)):
+            steps = self.run(features, boxes, lengths)
+            nothing = torch.empty(0, 1, 1), None
+            for t in range(max((len(frames) for frames, _, _ in clips), default=0)):
+                logits, _ = next(steps, nothing)
                 # Objects are in the order of their clips.
-                counts = [len(objects) if t < len(frames) else 0 for frames, objects, _ in clips]
-                for c, part in enumerate(logits.split(counts)):
-                    if len(part):
-                        fill_masks(masks[c][:, t], part, unions[c])
-        return masks
+                present = [c for c, (frames, _, _) in enumerate(clips) if t < len(frames)]
+                split = logits.split([len(clips[c][1]) for c in present])
+                for c, part in zip(present, split):
+                    masks = union_masks(part, clips[c][2], sizes[c])
+                    # Whoever takes the masks works as before. Casts of the weights are kept meanwhile.
+                    with torch.autocast(device, enabled=False):
+                        yield c, t, masks
 
     def square_boxes(self, objects, T, width, height):
         """Boxes {frame: box in source pixels} of the objects of a clip, in pixels of the square picture."""
@@ -504,16 +556,26 @@ def parts(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def fill_masks(masks, logits, unions):
-    """Writes into masks, bool [G, H, W], what each union covers of n objects with logits [n, h, w]."""
+def union_masks(logits, unions, size):
+    """What each of G unions covers of n objects with logits [n, h, w]: bool [G, H, W].
+
+    unions: None for each object by itself. size: (width, height).
+    """
+    if unions is None:
+        unions = [[n] for n in range(len(logits))]
+    width, height = size
+    masks = np.zeros((len(unions), height, width), bool)
+    if not len(logits):
+        return masks
     objects = []
     for part in logits.split(OBJECTS_AT_ONCE):
-        scaled = F.interpolate(part[:, None], masks.shape[1:], mode="bilinear")[:, 0]
+        scaled = F.interpolate(part[:, None], (height, width), mode="bilinear")[:, 0]
         objects.append(scaled > 0)
     # [n, H, W]; waits for the device.
     objects = torch.cat(objects).cpu().numpy()
     for mask, union in zip(masks, unions):
         mask[:] = objects[union].any(0)
+    return masks
 
 
 def track_groups(tracker: Tracker, clips: list[Clip], boxes: list) -> list[np.ndarray]:
@@ -522,6 +584,11 @@ def track_groups(tracker: Tracker, clips: list[Clip], boxes: list) -> list[np.nd
     boxes: for each clip a list over completions of {frame: [box]} in source pixels. Every box is an object of
     its own, prompted on its frame. A box that several completions share is tracked once.
     """
+    return tracker.track_clips(group_requests(clips, boxes))
+
+
+def group_requests(clips: list[Clip], boxes: list) -> list:
+    """What `track_groups` asks the tracker for each clip: (frames, objects, unions)."""
     requests = []
     for clip, group in zip(clips, boxes):
         numbers = {}    # (frame, box): its object's number
@@ -534,29 +601,33 @@ def track_groups(tracker: Tracker, clips: list[Clip], boxes: list) -> list[np.nd
             unions.append(union)
         objects = [{t: box} for t, box in numbers]
         requests.append((clip.frames, objects, unions))
-    return tracker.track_clips(requests)
+    return requests
 
 
 # ---- both systems on clips -------------------------------------------------------------------------
 @dataclass
-class Segmented:
-    """The answer of the two systems and SAM2 to one clip. Frames are those of the source."""
+class Answer:
+    """The answer of the two systems to one clip. Frames are those of the source."""
     text: str            # System 1's completion
     keyframes: dict      # {frame: description}
     boxes: dict          # {frame: [boxes in source pixels]}
+
+
+@dataclass
+class Segmented(Answer):
+    """The answer, and what SAM2 makes of it."""
     masks: np.ndarray    # bool [T, H, W]
 
 
-def segment(
+def answer_clips(
     policy: Thinker,
     system2: System2,
     processor: Processor,
-    tracker: Tracker,
     clips: list[Clip],
     max_new_tokens: int = 1024,
     most_frames: int = MOST_FRAMES,
-) -> list[Segmented]:
-    """Segments B clips. System 1 sees at most `most_frames` frames of each, SAM2 all of them."""
+) -> list[Answer]:
+    """The answers to B clips. System 1 sees at most `most_frames` frames of each."""
     views = [clip.sampled(most_frames) for clip in clips]
     inputs = [prompt_inputs(processor, view) for view, _ in views]
     prompts = policy.embed(inputs)
@@ -573,12 +644,29 @@ def segment(
         own = own_boxes(clip, text)
         if own:
             frames[0] = [to_source(box, x.scale, clip.size) for box in own]
-    masks = track_groups(tracker, clips, boxes)
+    return [Answer(text, frames, found) for text, frames, (found,) in zip(texts, chosen, boxes)]
 
-    results = []
-    for i, text in enumerate(texts):
-        results.append(Segmented(text, chosen[i], boxes[i][0], masks[i][0]))
-    return results
+
+def follow_answers(tracker: Tracker, clips: list[Clip], answers: list[Answer]):
+    """Yields (c, t, mask [H, W] of frame t of clip c) in order of time, on all T frames of the source."""
+    requests = group_requests(clips, [[answer.boxes] for answer in answers])
+    for c, t, (mask,) in tracker.follow(requests):
+        yield c, t, mask
+
+
+def segment(
+    policy: Thinker,
+    system2: System2,
+    processor: Processor,
+    tracker: Tracker,
+    clips: list[Clip],
+    max_new_tokens: int = 1024,
+    most_frames: int = MOST_FRAMES,
+) -> list[Segmented]:
+    """`answer_clips` and all masks of B clips, held at once: for long videos see `follow_answers`."""
+    answers = answer_clips(policy, system2, processor, clips, max_new_tokens, most_frames)
+    tracked = track_groups(tracker, clips, [[answer.boxes] for answer in answers])
+    return [Segmented(**vars(answer), masks=masks) for answer, (masks,) in zip(answers, tracked)]
 
 
 # ---- the program -----------------------------------------------------------------------------------
@@ -606,61 +694,29 @@ def load_models(options) -> tuple[Thinker, System2, Processor, Tracker]:
     return policy, system2, processor, tracker
 
 
-def write_result(out, clip: Clip, result: Segmented) -> None:
-    """Writes OUT/masks/00000.png ... at source size, overlay.webp (animated) and answer.json."""
-    out = Path(out)
-    (out / "masks").mkdir(parents=True, exist_ok=True)
-    # An earlier clip may have been longer.
-    for old in out.glob("masks/*.png"):
-        old.unlink()
-    pictures = []
-    for t, mask in enumerate(result.masks):
-        Image.fromarray(mask.astype(np.uint8) * 255).save(out / f"masks/{t:05d}.png")
-        pictures.append(overlay(clip.frames[t], mask, result.boxes.get(t, ())))
-    write_animation(out / "overlay.webp", pictures, clip.fps)
-
-    keyframes = []
-    for t, description in result.keyframes.items():
-        keyframes.append(dict(frame=t, time=t / clip.fps, description=description, boxes=result.boxes[t]))
-    answer = dict(
-        clip=clip.name,
-        query=clip.query,
-        reasoning=result.text.partition("<think>")[2].partition("</think>")[0],
-        answer=answer_text(result.text),
-        text=result.text,
-        keyframes=keyframes)
-    (out / "answer.json").write_text(json.dumps(answer, indent=1))
-
-
 def main(arguments=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--video", help="video file or folder of frames; without it a toy clip is made")
-    parser.add_argument("--query", help="what to segment")
-    parser.add_argument("--sound", help="wav file; by default the video's own soundtrack")
-    parser.add_argument("--index", type=at_least(0), default=0, help="which toy clip, if no video is given")
-    add_model_options(parser)
-    parser.add_argument("--out", default="out/segment")
-    options = parser.parse_args(arguments)
-    if options.video and not options.query:
-        parser.error("--video needs a --query")
-    if options.sound and not options.video:
-        parser.error("--sound needs a --video")
+    options = read_options(arguments)
+    # From here on it raises KeyboardInterrupt, and the masks that are there are counted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if options.video is None:
             clip = toy_clip("test", options.index)
         else:
             clip = video_clip(options.video, options.query, options.sound)
         if options.query:
-            clip.query = options.query
-        models = load_models(options)
-        result, = segment(*models, [clip], options.max_new_tokens, options.frames)
-        write_result(options.out, clip, result)
+            clip.query = check_text(options.query, "--query")
+        policy, system2, processor, tracker = load_models(options)
+        answers = answer_clips(policy, system2, processor, [clip], options.max_new_tokens, options.frames)
+        print(f"query: {plain(clip.query)}\n{answers[0].text}\nboxes: {answers[0].boxes}", flush=True)
+        masks = follow_answers(tracker, [clip], answers)
+        seen = write_results(options.out, clip, answers[0], (mask for _, _, mask in masks))
     except (OSError, BadInput) as error:
         sys.exit(fail(error))
-    T, height, width = result.masks.shape
-    print(f"query: {plain(clip.query)}\n{result.text}\nboxes: {result.boxes}\n"
-          f"written: {options.out}/answer.json, overlay.webp and {T} masks of {width} x {height} pixels, "
-          f"{result.masks.any((1, 2)).sum()} of them not empty")
+    except KeyboardInterrupt as stop:
+        sys.exit(interrupted(stop))
+    height, width = clip.size
+    print(f"written: {options.out}/answer.json, overlay.webp and {len(clip.frames)} masks of "
+          f"{width} x {height} pixels, {seen} of them not empty")
 
 
 if __name__ == "__main__":

@@ -13,39 +13,18 @@ number of processes.
 
 Read `train` first: it is the table of contents of a run.
 """
-import json
 import math
 import os
-import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
 from benchmarks import trained_names
-from data import Processor, prompt_inputs
-from grpo import Systems, accumulate_gradients, collect, judge, left_out, read_keyframes, roll_out
-from model import Thinker, adapters_off, add_adapters
-from rewards import total_rewards
-from run.checkpoint import check_place, find_checkpoint, only_one, remove_old, restore, save
-from run.draw import epoch_length, hold_out, read_clip, sample_loader, take_items, training_sources
-from run.log import Watch, identity, plot, start_log, step_metrics, throughput
-from run.plan import print_plan
-from run.processes import gathered, guard, rest_on_host, shard, start_processes, sums_over_processes
 from run.settings import frame_range, is_counts, is_folder_name, read_settings, setting
-from segment import Tracker, chosen_device, ground, load_system2
 from trust.errors import BadInput, fail
 from trust.options import TOY_POLICY, TOY_SAM2, is_device
-
-# Figures of a step that are shown beside the progress bar.
-SHOWN = ("reward", "consistency", "kl", "decode_tokens_per_s", "update_tokens_per_s", "memory_gb")
-# Steps in a row with a non-finite gradient after which a run ends.
-PATIENCE = 5
+from trust.program import begin_program
 
 
 # ---- settings --------------------------------------------------------------------------------------
@@ -56,33 +35,49 @@ class Settings:
     name: str = setting(
         "run",
         "of the run; everything is written to out/NAME",
-        resumable=True, check=(is_folder_name, "the plain name of a folder"),
+        resumable=True, check=(is_folder_name, "the plain name of a folder"), by_user=True,
     )
-    overwrite: bool = setting(False, "whether an earlier run of that name is replaced", resumable=True)
+    overwrite: bool = setting(
+        False,
+        "whether an earlier run of that name is replaced",
+        resumable=True, by_user=True,
+    )
     resume: str = setting(
         "auto",
         "auto: a run of that name that was cut off is continued; never: the name must be new",
-        choices=["auto", "never"], resumable=True,
+        choices=["auto", "never"], resumable=True, by_user=True,
     )
-    policy: str = setting(TOY_POLICY, "directory of a Thinker or Qwen2.5-Omni; its copy is the reference")
+    policy: str = setting(
+        TOY_POLICY,
+        "directory of a Thinker or Qwen2.5-Omni; its copy is the reference",
+        by_user=True,
+    )
     system2: str = setting(
         "policy",
         "who grounds: policy (the reference), reference DIR (another Thinker), or FILE.py with a function "
         "boxes",
-        words=True,
+        words=True, by_user=True,
     )
-    sam2: str = setting("", "SAM2 config: a yaml file, or a name in the package sam2; empty: by the weights")
-    sam2_weights: str = setting(TOY_SAM2, "SAM2 weights, a .pt file")
-    data: str = setting("toy", f"datasets, by commas: {', '.join(trained_names())}")
+    sam2: str = setting(
+        "",
+        "SAM2 config: a yaml file, or a name in the package sam2; empty: by the weights",
+        by_user=True,
+    )
+    sam2_weights: str = setting(TOY_SAM2, "SAM2 weights, a .pt file", by_user=True)
+    data: str = setting("toy", f"datasets, by commas: {', '.join(trained_names())}", by_user=True)
     validate: int = setting(
         16,
         "clips kept out of training; at every checkpoint their mean reward, answered greedily, is logged, "
         "and the best checkpoint stays",
         least=0,
     )
-    data_root: str = setting(".", "holds one folder per dataset; for one elsewhere: --revos_root DIR, ...")
+    data_root: str = setting(
+        ".",
+        "holds one folder per dataset; for one elsewhere: --revos_root DIR, ...",
+        by_user=True,
+    )
     roots: dict = field(default_factory=dict)    # {folder of a dataset: where it is}: --revos_root DIR
-    seed: int = setting(0, "of data order, example times and sampling", least=0)
+    seed: int = setting(0, "of data order, example times and sampling", least=0, by_user=True)
     # What the two systems see
     frames: str = setting(
         "8,24",
@@ -145,7 +140,7 @@ class Settings:
     device: str = setting(
         "auto",
         "cpu, cuda, or auto: cuda where there is one",
-        resumable=True, check=(is_device, "auto, cpu, or cuda where there is such a GPU"),
+        resumable=True, check=(is_device, "auto, cpu, or cuda where there is such a GPU"), by_user=True,
     )
     dtype: str = setting(
         "bfloat16",
@@ -157,40 +152,80 @@ class Settings:
     workers: int = setting(
         2,
         "worker processes of each training process, which prepare clips ahead of time; 0: none",
-        least=0, resumable=True,
+        least=0, resumable=True, by_user=True,
     )
     reference: str = setting(
         "device",
         "where the reference rests while it is not used: whole on each device, sharded over all "
         "processes, or in host memory",
-        choices=["device", "shard", "host"], resumable=True,
+        choices=["device", "shard", "host"], resumable=True, by_user=True,
     )
     hybrid: bool = setting(
         True,
         "whether, on several nodes, each holds all weights, sharded over its own GPUs only",
-        resumable=True,
+        resumable=True, by_user=True,
     )
     timeout_minutes: float = setting(
         30.0,
         "longest phase of a step; a process that takes longer says where it is, and ends",
-        above=0, resumable=True,
+        above=0, resumable=True, by_user=True,
     )
     # Output
     save_every: int = setting(200, "steps between checkpoints", least=1, resumable=True)
-    keep: int = setting(2, "newest checkpoints that are kept, beside the best", least=1, resumable=True)
-    plot_every: int = setting(20, "steps between drawings of curves.png", least=1, resumable=True)
+    keep: int = setting(
+        2,
+        "newest checkpoints that are kept, beside the best",
+        least=1, resumable=True, by_user=True,
+    )
+    plot_every: int = setting(
+        20,
+        "steps between drawings of curves.png",
+        least=1, resumable=True, by_user=True,
+    )
     # Planning
     plan: bool = setting(
         False,
         "whether only to print the memory a step needs; the policy's config.json is enough, and no GPU",
-        resumable=True,
+        resumable=True, by_user=True,
     )
     nproc: str = setting(
         "8",
         "numbers of processes to plan for, by commas; nodes have 8 GPUs",
-        resumable=True, check=(is_counts, "whole numbers from 1, by commas"),
+        resumable=True, check=(is_counts, "whole numbers from 1, by commas"), by_user=True,
     )
-    prompt_tokens: int = setting(4096, "tokens of a prompt, to plan with", least=1, resumable=True)
+    prompt_tokens: int = setting(
+        4096,
+        "tokens of a prompt, to plan with",
+        least=1, resumable=True, by_user=True,
+    )
+
+
+if __name__ == "__main__":
+    begin_program()
+    # A wrong option is told now: the imports below take seconds.
+    read_settings(Settings, __doc__)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import Processor, prompt_inputs
+from grpo import Systems, accumulate_gradients, collect, judge, left_out, read_keyframes, roll_out
+from model import Thinker, adapters_off, add_adapters
+from rewards import total_rewards
+from run.checkpoint import check_place, find_checkpoint, only_one, remove_old, restore, save
+from run.draw import epoch_length, hold_out, read_clip, sample_loader, take_items, training_sources
+from run.guard import guard
+from run.log import Watch, identity, patient_output, plot, start_log, step_metrics, throughput
+from run.plan import print_plan
+from run.processes import gathered, rest_on_host, shard, start_processes, sums_over_processes
+from segment import Tracker, chosen_device, ground, load_system2
+
+# Figures of a step that are shown beside the progress bar.
+SHOWN = ("reward", "consistency", "kl", "decode_tokens_per_s", "update_tokens_per_s", "memory_gb")
+# Steps in a row with a non-finite gradient after which a run ends.
+PATIENCE = 5
 
 
 # ---- the program -----------------------------------------------------------------------------------
@@ -213,13 +248,8 @@ def main(arguments=None):
     rank, world, device = start_processes(settings.device, settings.timeout_minutes)
     watch = Watch()
     out = os.path.join("out", settings.name)
-
-    def request_stop(*_):
-        watch.stop_requested = True
-
-    before = signal.signal(signal.SIGTERM, request_stop)
     try:
-        with guard(watch, out, settings.timeout_minutes, rank, world):
+        with patient_output(), guard(watch, out, settings.timeout_minutes, rank, world):
             try:
                 with only_one(out) if rank == 0 else nullcontext():
                     train(settings, rank, world, device, watch)
@@ -229,8 +259,6 @@ def main(arguments=None):
     # Any other error is a bug and keeps its traceback.
     except (OSError, BadInput) as error:
         sys.exit(fail(error))
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def train(settings, rank, world, device, watch):
@@ -245,7 +273,7 @@ def train(settings, rank, world, device, watch):
     systems = load_systems(settings, device)
     optimizer = start_optimizer(systems.policy, settings)
     if checkpoint:
-        alike = earlier["processes"] == world and earlier["settings"]["device"] == settings.device
+        alike = earlier["processes"] == world and earlier["settings"].get("device") == settings.device
         restore(checkpoint, systems.policy, optimizer, rank, alike)
     run = identity(settings, world)
     log = start_log(out, settings, run, dropped, checkpoint) if rank == 0 else None
@@ -267,19 +295,20 @@ def train(settings, rank, world, device, watch):
         if due and validation_items:
             row["validation"] = validate(systems, validation_items, settings, watch)
         if rank == 0:
-            write_row(log, row, bar, settings)
+            write_row(log, row, bar)
         run |= dict(step=step + 1, validation=row.get("validation"))
         count_nonfinite(run, row, bar, out)
         stop = stop_requested(step, settings, watch, device)
         if due or stop:
-            path = save_step(systems, optimizer, run, settings, watch)
+            path = save_step(systems, optimizer, run, settings, watch, log)
+        plot_if_due(step, settings, out)
         if stop:
             bar.close()
             if rank == 0:
-                print(f"told to end (SIGTERM): {step + 1} steps are done and saved in {path}; "
+                print(f"told to end: {step + 1} steps are done and saved in {path}; "
                       f"the same command continues there")
             return
-    save(systems, os.path.join(out, "policy"), run, rank, world)
+    save(systems, os.path.join(out, "policy"), run, rank)
     if rank == 0:
         print(f"trained policy: {out}/policy   curves: {out}/curves.png   log: {out}/metrics.jsonl")
 
@@ -470,15 +499,18 @@ def checkpoint_due(step, settings) -> bool:
     return (step + 1) % settings.save_every == 0 or step + 1 == settings.steps
 
 
-def write_row(log, row, bar, settings):
-    """Writes a line of the log, shows some of it beside the bar, and draws curves.png if it is time."""
-    log.write(json.dumps(row) + "\n")
-    log.flush()
+def plot_if_due(step, settings, out):
+    """Draws curves.png. After saving, so that no step is lost by it."""
+    due = (step + 1) % settings.plot_every == 0 or step + 1 == settings.steps
+    if due and dist.get_rank() == 0:
+        plot(out)
+
+
+def write_row(log, row, bar):
+    """Writes a line of the log, and shows some of it beside the bar."""
+    log.write(row)
     figures = row | row["speed"]
     bar.set_postfix({name: f"{figures[name]:.3g}" for name in SHOWN if name in figures})
-    step = row["step"]
-    if (step + 1) % settings.plot_every == 0 or step + 1 == settings.steps:
-        plot(os.path.join("out", settings.name))
 
 
 def count_nonfinite(run, row, bar, out):
@@ -492,18 +524,18 @@ def count_nonfinite(run, row, bar, out):
 
 
 def stop_requested(step, settings, watch, device) -> bool:
-    """Whether any process got SIGTERM, and steps are left."""
+    """Whether any process got SIGTERM or Ctrl-C, and steps are left."""
     requests = sums_over_processes(dict(stop=watch.stop_requested), device)["stop"]
     return requests > 0 and step + 1 < settings.steps
 
 
-def save_step(systems, optimizer, run, settings, watch) -> str:
+def save_step(systems, optimizer, run, settings, watch, log) -> str:
     """Saves a checkpoint that continues the run, and removes old ones. Returns its folder."""
     watch.begin("saving")
     rank = dist.get_rank()
     out = os.path.join("out", settings.name)
     path = os.path.join(out, f"step-{run['step']:06d}")
-    save(systems, path, run, rank, dist.get_world_size(), optimizer)
+    save(systems, path, run, rank, optimizer, log)
     if rank == 0:
         remove_old(out, settings.keep)
     return path

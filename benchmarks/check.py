@@ -5,34 +5,86 @@ Letters: T frames, H W pixels.
 import math
 import os
 import sys
+import textwrap
 
-import numpy as np
-from PIL import Image, ImageDraw
-from tqdm import tqdm
-
-from benchmarks import BENCHMARKS, add_roots, chosen_root, find_benchmark, open_split
-from benchmarks.mini import write_mini
-from benchmarks.pictures import tint
-from benchmarks.samples import Benchmark, Sample, fitting_masks, load, open_frames, read_long_sound
-from data import prompt
-from trust.errors import BadInput, fail
+from benchmarks import (
+    add_roots,
+    all_names,
+    check_root,
+    chosen_root,
+    find_benchmark,
+    find_entry,
+    open_split,
+    split_names,
+)
+from trust.errors import BadInput, fail, one_line
 from trust.options import MOST_FRAMES, Parser, at_least
+from trust.program import begin_program
 
 DESCRIPTION = """check reads a dataset and names what is broken (exit code 1); show writes one sample as a
 picture and its prompt; mini writes a miniature in its layout."""
+
+
+# ---- options ---------------------------------------------------------------------------------------
+def read_options(arguments: list[str] | None = None):
+    """The options of the command line. Exits with code 2 and one line where one cannot be right."""
+    parser = Parser(description=DESCRIPTION)
+    parser.add_argument("action", choices=("check", "show", "mini"))
+    parser.add_argument("--bench", required=True, choices=all_names(), help="the dataset")
+    add_roots(parser)
+    parser.add_argument("--split", help="check: by default all; show: by default the first")
+    parser.add_argument("--index", type=at_least(0), default=0, help="show: which sample of the split")
+    parser.add_argument("--videos", type=at_least(1), default=4, help="mini: how many in every split")
+    parser.add_argument("--out", metavar="DIR", default="out/data",
+                        help="show: folder of the files; mini: data root")
+    options = parser.parse_args(arguments)
+    try:
+        entry = find_entry(options.bench)
+        if options.split is not None:
+            split_names(entry, options.split)
+        if options.action != "mini":
+            check_root(entry, chosen_root(entry, options))
+    except (OSError, BadInput) as error:
+        sys.exit(fail(error))
+    return options
+
+
+if __name__ == "__main__":
+    begin_program()
+    # A wrong option is told now: the imports below take seconds.
+    read_options()
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from tqdm import tqdm
+
+from benchmarks.media import read_sound
+from benchmarks.mini import write_mini
+from benchmarks.samples import (
+    Benchmark,
+    Sample,
+    check_length,
+    check_target,
+    fitting_masks,
+    load,
+    open_frames,
+)
+from data import encodable, format_time, prompt
 
 
 # ---- check -----------------------------------------------------------------------------------------
 def check(benchmark: Benchmark, split: str, root: str) -> int:
     """Reads a split, prints what it holds and a line for each broken sample. Returns how many are broken.
 
-    All samples are read, or as many as are usually evaluated, if the benchmark says so.
+    All samples are read, or as many as are usually evaluated, if the benchmark says so. Any other error than
+    BadInput is a fault of the reader: it breaks the sample, too, and its line names the kind of the error.
     """
     place = f"{benchmark.name}/{split}"
     try:
         samples = open_split(benchmark, split, root)[:benchmark.usual]
-    except (OSError, ValueError) as error:
-        print(f"broken: {place}: {error}")
+    except Exception as error:
+        report(f"broken: {place}: {reason(error)}")
         return 1
     seen = {}
     broken = 0
@@ -41,18 +93,33 @@ def check(benchmark: Benchmark, split: str, root: str) -> int:
             inspect(sample, seen)
         except BadInput as error:
             broken += 1
-            tqdm.write(f"broken: {error}")
+            report(f"broken: {error}")
+        except Exception as error:
+            broken += 1
+            report(f"broken: {sample.name}: {reason(error)}")
     print_counts(place, samples, seen, broken)
     return broken
+
+
+def reason(error) -> str:
+    """The message of an error that was expected, else its kind as well."""
+    return str(error) if isinstance(error, (OSError, BadInput)) else one_line(error)
+
+
+def report(text: str) -> None:
+    """Prints one line, whatever a file's name holds."""
+    tqdm.write(" ".join(encodable(text).splitlines()))
 
 
 def print_counts(place, samples, seen, broken):
     videos = {sample.video for sample in samples}
     masks = sum(sample.read_masks is not None for sample in samples)
     frames = sum(result[0] for result in seen.values() if isinstance(result, tuple))
-    sounds = sum(seen.get(("sound", video)) is True for video in videos)
+    # Of each sound, what there is to say of its length.
+    sounds = [result for key, result in seen.items() if key[0] == "sound" and isinstance(result, str)]
+    cut = sum(result != "" for result in sounds)
     print(f"{place}: {len(videos)} videos, {len(samples)} expressions ({masks} with masks), {frames} frames, "
-          f"{sounds} sounds, {broken} broken")
+          f"{len(sounds)} sounds{f' ({cut} cut)' if cut else ''}, {broken} broken")
 
 
 def inspect(sample: Sample, seen: dict) -> None:
@@ -68,11 +135,11 @@ def inspect(sample: Sample, seen: dict) -> None:
         return
     _, seconds = read_once(seen, ("frames", sample.video), sample, inspect_frames, sample)
     if sample.sound is not None:
-        read_once(seen, ("sound", sample.video), sample, inspect_sound, sample.sound, seconds)
+        read_once(seen, ("sound", sample.video), sample, inspect_sound, sample, seconds)
     # Errors of masks name the sample, so they are not kept for other samples.
     key = ("masks", sample.video, *sample.ids)
     if sample.read_masks is not None and key not in seen:
-        fitting_masks(sample)
+        check_target(sample, fitting_masks(sample))
         if sample.mended:
             raise BadInput(f"{sample.name}: {min(sample.mended)} (is resized)")
         seen[key] = True
@@ -81,7 +148,7 @@ def inspect(sample: Sample, seen: dict) -> None:
 def inspect_made(sample, seen):
     clip = load(sample)
     seen["frames", sample.video] = len(clip.frames), len(clip.frames) / clip.fps
-    seen["sound", sample.video] = clip.sound is not None
+    seen["sound", sample.video] = None if clip.sound is None else ""
 
 
 def read_once(seen, key, sample, read, *arguments):
@@ -118,14 +185,28 @@ def inspect_frames(sample):
     return len(sample.names), len(sample.names) / fps
 
 
-def inspect_sound(path, seconds):
-    """Whether there is a sound."""
-    return read_long_sound(path, seconds) is not None
+def inspect_sound(sample, seconds):
+    """What there is to say of the length of a sound, beside a video of `seconds`; None without a sound."""
+    sound = read_sound(sample.sound)
+    if sound is None:
+        return None
+    longer = check_length(sound, seconds, sample.sound)
+    if longer:
+        report(f"cut: {sample.name}: {longer}")
+    return longer
 
 
 # ---- show ------------------------------------------------------------------------------------------
+CELL = 240      # pixels a frame is wide
+TALLEST = 720   # and at most high
+MARGIN = 12
+INK = (25, 25, 25)
+GREY = (110, 110, 110)
+WHITE = (255, 255, 255)
+
+
 def show(sample: Sample, out: str) -> None:
-    """Writes OUT/sample.png, a sheet of the frames with the target in red, and OUT/prompt.txt."""
+    """Writes OUT/sample.png, a sheet of the frames with the target outlined, and OUT/prompt.txt."""
     clip = load(sample, most_frames=MOST_FRAMES)
     texts = [sample.name]
     for message in prompt(clip):
@@ -133,54 +214,103 @@ def show(sample: Sample, out: str) -> None:
             if part["type"] == "text":
                 texts.append(part["text"])
     os.makedirs(out, exist_ok=True)
-    draw_sheet(clip).save(os.path.join(out, "sample.png"))
+    draw_sheet(clip, sample).save(os.path.join(out, "sample.png"))
     with open(os.path.join(out, "prompt.txt"), "w", encoding="utf-8") as file:
-        file.write("\n\n".join(texts) + "\n")
+        file.write("\n\n".join(map(encodable, texts)) + "\n")
 
 
-def draw_sheet(clip):
-    """One picture of all frames of a clip, six in a row."""
+def draw_sheet(clip, sample):
+    """One picture of all frames of a clip, six in a row, and below it what the sample is."""
     T = len(clip.frames)
     H, W = clip.size
-    width = 240
-    height = round(width * H / W)
+    # A single picture is larger.
+    width = CELL if T > 1 else 3 * CELL
+    height = min(max(1, round(width * H / W)), TALLEST)
     columns = min(T, 6)
     rows = math.ceil(T / columns)
-    sheet = Image.new("RGB", (columns * width, rows * height))
+    caption = draw_caption(clip, sample, columns * width)
+    sheet = Image.new("RGB", (columns * width, rows * height + caption.height), WHITE)
     for t in range(T):
-        picture = draw_target(clip, t).resize((width, height))
-        sheet.paste(picture, (t % columns * width, t // columns * height))
+        cell = draw_target(clip, t, width, height)
+        if T > 1:
+            label(cell, format_time(t / clip.fps))
+        sheet.paste(cell, (t % columns * width, t // columns * height))
+    sheet.paste(caption, (0, rows * height))
     return sheet
 
 
-def draw_target(clip, t):
-    """Frame t with the target's masks in red, or its true box."""
-    pixels = np.array(clip.frames[t])
+def draw_target(clip, t, width, height):
+    """Frame t of that size. The target is a little redder, in a white outline with a dark edge."""
+    picture = clip.frames[t].resize((width, height), Image.BICUBIC)
     if clip.masks is not None:
-        tint(pixels, clip.masks[:, t].any(0))
-    picture = Image.fromarray(pixels)
+        mask = Image.fromarray(clip.masks[:, t].any(0)).convert("L")
+        mask = mask.resize((width, height), Image.NEAREST)
+        picture.paste(Image.blend(picture, Image.new("RGB", picture.size, (255, 0, 0)), 0.2), mask=mask)
+        outer = mask.filter(ImageFilter.MaxFilter(7))
+        outline = mask.filter(ImageFilter.MaxFilter(5))
+        picture.paste(INK, mask=subtract(outer, outline))
+        picture.paste(WHITE, mask=subtract(outline, mask))
+    draw = ImageDraw.Draw(picture)
+    H, W = clip.size
     if "box" in clip.truth:
-        ImageDraw.Draw(picture).rectangle(clip.truth["box"], outline=(255, 40, 40), width=4)
+        corners = [value * s for value, s in zip(clip.truth["box"], (width / W, height / H) * 2)]
+        draw.rectangle(corners, outline=INK, width=7)
+        inner = (corners[0] + 2, corners[1] + 2, corners[2] - 2, corners[3] - 2)
+        draw.rectangle(inner, outline=WHITE, width=3)
     return picture
+
+
+def subtract(large, small):
+    """The mask of pixels that are in one mask, but not in the other; pictures of 0 and 255."""
+    return Image.fromarray(np.asarray(large) - np.asarray(small))
+
+
+def label(picture, text):
+    """Writes a short text into the lower left corner."""
+    draw = ImageDraw.Draw(picture)
+    font = letters(13)
+    place = (6, picture.height - 8)
+    draw.text(place, text, WHITE, font, "ls", stroke_width=2, stroke_fill=INK)
+
+
+def letters(size):
+    """A font that has the letters of Europe. Those of other languages stand in prompt.txt only."""
+    folder = os.path.join(matplotlib.get_data_path(), "fonts/ttf")
+    return ImageFont.truetype(os.path.join(folder, "DejaVuSans.ttf"), size)
+
+
+def draw_caption(clip, sample, width):
+    """A strip of that width with the sample's query, kind and name."""
+    target = "" if clip.masks is None or clip.masks.any() else "nothing to be found"
+    facts = [clip.kind, target, sample.name]
+    parts = [(clip.query, 20, INK), (" · ".join(filter(None, facts)), 14, GREY)]
+    strip = Image.new("RGB", (width, 1000), WHITE)
+    draw = ImageDraw.Draw(strip)
+    y = MARGIN
+    for text, size, colour in parts:
+        font = letters(size)
+        for line in wrapped(text, font, width - 2 * MARGIN):
+            draw.text((MARGIN, y), line, colour, font)
+            y += round(1.4 * size)
+    return strip.crop((0, 0, width, y + MARGIN))
+
+
+def wrapped(text, font, width):
+    """At most eight lines of a text that are at most so many pixels wide."""
+    text = encodable(" ".join(text.split()))
+    letter = font.getlength(text) / max(len(text), 1)
+    # Some lines have wider letters than the whole.
+    count = max(1, int(0.9 * width / max(letter, 1)))
+    return textwrap.wrap(text, count, max_lines=8, placeholder=" ...")
 
 
 # ---- the program -----------------------------------------------------------------------------------
 def main(arguments=None):
-    parser = Parser(description=DESCRIPTION)
-    parser.add_argument("action", choices=("check", "show", "mini"))
-    parser.add_argument("--bench", required=True, choices=[benchmark.name for benchmark in BENCHMARKS])
-    add_roots(parser)
-    parser.add_argument("--split", help="check: by default all; show: by default the first")
-    parser.add_argument("--index", type=at_least(0), default=0, help="show: which sample of the split")
-    parser.add_argument("--videos", type=at_least(1), default=4, help="mini: how many in every split")
-    parser.add_argument("--out", default="out/data", help="show: folder of the files; mini: data root")
-    options = parser.parse_args(arguments)
+    options = read_options(arguments)
     benchmark = find_benchmark(options.bench)
     splits = benchmark.splits
     if options.split is not None:
-        if options.split not in splits:
-            parser.error(f"unknown split of {benchmark.name}: {options.split} (known: {', '.join(splits)})")
-        splits = (options.split,)
+        splits = split_names(benchmark, options.split)
     try:
         root = chosen_root(benchmark, options)
         if options.action == "mini":

@@ -49,11 +49,7 @@ def mini_mevis(root: str, videos: int):
 
 
 MEVIS = Benchmark(
-    name="mevis",
-    folder="mevis",
-    splits=("train", "valid_u", "valid"),
     read=read_mevis,
-    tested="valid_u",
     archive="",
     mini=mini_mevis,
 )

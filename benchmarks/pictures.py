@@ -1,4 +1,6 @@
 """Pictures for people to look at: masks and boxes over frames, animations."""
+import io
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -6,6 +8,8 @@ from PIL import Image, ImageDraw
 # Larger ones are shrunk to LARGEST.
 SMALLEST = 384
 LARGEST = 640
+# Most bytes of an animation.
+LARGEST_FILE = 16_000_000
 
 
 def tint(pixels: np.ndarray, mask: np.ndarray) -> None:
@@ -14,11 +18,15 @@ def tint(pixels: np.ndarray, mask: np.ndarray) -> None:
 
 
 def overlay(picture: Image.Image, mask: np.ndarray, boxes=()) -> Image.Image:
-    """RGB picture with the mask, bool [H, W], in red, its outline in white, and the boxes in green."""
-    factor = max(1, round(SMALLEST / max(picture.size)))
-    size = (picture.width * factor, picture.height * factor)
-    pixels = np.array(picture.resize(size, Image.NEAREST))
-    mask = mask.repeat(factor, 0).repeat(factor, 1)
+    """RGB picture for an animation: the mask, bool [H, W], in red with a white outline, boxes in green."""
+    longer = max(picture.size)
+    factor = max(1, round(SMALLEST / longer))
+    if longer > LARGEST:
+        factor = LARGEST / longer
+    size = [max(1, round(side * factor)) for side in picture.size]
+    smooth = Image.BICUBIC if factor < 1 else Image.NEAREST
+    pixels = np.array(picture.resize(size, smooth))
+    mask = np.array(Image.fromarray(mask).resize(size, Image.NEAREST))
     tint(pixels, mask)
     # Pixels whose four neighbours are in the mask.
     inside = np.roll(mask, 1, 0) & np.roll(mask, -1, 0)
@@ -27,26 +35,33 @@ def overlay(picture: Image.Image, mask: np.ndarray, boxes=()) -> Image.Image:
     pixels[mask & ~inside] = 255
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
-    width = max(factor, image.width // 200)
+    width = max(round(factor), image.width // 200)
     for x1, y1, x2, y2 in boxes:
         # The pixels of the corners are inside the box.
-        right = (x2 + 1) * factor - 1
-        bottom = (y2 + 1) * factor - 1
-        enlarged = (x1 * factor, y1 * factor, right, bottom)
-        draw.rectangle(enlarged, outline=(60, 255, 60), width=width)
+        right = max((x2 + 1) * factor - 1, x1 * factor)
+        bottom = max((y2 + 1) * factor - 1, y1 * factor)
+        scaled = (x1 * factor, y1 * factor, right, bottom)
+        draw.rectangle(scaled, outline=(60, 255, 60), width=width)
     return image
 
 
-def write_animation(path, pictures: list[Image.Image], fps: float) -> None:
-    """Writes an animated webp of pictures, shrunk to LARGEST pixels."""
-    for picture in pictures:
-        picture.thumbnail((LARGEST, LARGEST))
-    first = pictures[0]
-    milliseconds = round(1000 / fps)
-    first.save(
-        path,
+def animation(pictures: dict, end: int, fps: float) -> bytes:
+    """An animated webp of {frame: picture}. Each stays until the next one's time, the last until `end`.
+
+    While it has more than LARGEST_FILE bytes, every other picture is left out.
+    """
+    times = sorted(pictures)
+    durations = [1000 * (after - t) / fps for t, after in zip(times, [*times[1:], end])]
+    file = io.BytesIO()
+    pictures[times[0]].save(
+        file,
+        "webp",
         save_all=True,
-        append_images=pictures[1:],
+        append_images=[pictures[t] for t in times[1:]],
         loop=0,
-        duration=milliseconds,
+        duration=durations,
     )
+    if len(times) > 1 and file.tell() > LARGEST_FILE:
+        fewer = {t: pictures[t] for t in times[::2]}
+        return animation(fewer, end, fps)
+    return file.getvalue()

@@ -17,19 +17,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.media import read_image
 from benchmarks.samples import Benchmark, Sample, rle_mask
 from data import parse_json
 from trust.errors import BadInput, reading
-from trust.files import read_json
-
-# The names of unfinished files and folders end with this.
-PARTIAL = ".partial"
+from trust.files import PARTIAL, check_file, check_inside, read_json, writing
 
 
 # ---- folders ---------------------------------------------------------------------------------------
 def prediction_folder(directory: str, sample: Sample) -> str:
-    """Where the pictures of a sample's prediction lie."""
-    return os.path.join(top_folder(directory), sample.folder or sample.video, sample.expression)
+    """Where the pictures of a sample's prediction lie. Raises BadInput where that is not in `directory`."""
+    top = top_folder(directory)
+    folder = os.path.join(top, sample.place)
+    check_inside(folder, top)
+    return folder
 
 
 def top_folder(directory):
@@ -38,9 +39,12 @@ def top_folder(directory):
 
 
 def prediction_files(directory, sample, names):
-    """The paths of these frames of a sample's prediction."""
+    """The paths of these frames of a sample's prediction. Raises BadInput for one beside its folder."""
     folder = prediction_folder(directory, sample)
-    return [os.path.join(folder, f"{name}.png") for name in names]
+    paths = [os.path.join(folder, f"{name}.png") for name in names]
+    for path in paths:
+        check_inside(path, folder)
+    return paths
 
 
 def scored_names(sample: Sample) -> list:
@@ -49,24 +53,39 @@ def scored_names(sample: Sample) -> list:
 
 
 def write_prediction(out: str, sample: Sample, masks) -> None:
-    """Writes masks, bool [T, H, W], into OUT/Annotations.
-
-    The folder appears complete or not at all. So an expression whose folder exists is finished, even after an
-    interruption.
-    """
+    """Writes masks, bool [T, H, W], into OUT/Annotations."""
     if len(masks) != len(sample.names):
         raise BadInput(f"{len(masks)} masks for the {len(sample.names)} frames of {sample.name}")
+    begin_prediction(out, sample)
+    for t, mask in enumerate(masks):
+        write_frame(out, sample, t, mask)
+    finish_prediction(out, sample)
+
+
+# A folder appears complete or not at all. So an expression whose folder exists is finished, even after an
+# interruption.
+
+def begin_prediction(out: str, sample: Sample) -> None:
+    """Makes a sample's unfinished folder in OUT/Annotations. One of an interrupted run is removed."""
     os.makedirs(os.path.join(out, "Annotations"), exist_ok=True)
-    folder = prediction_folder(out, sample)
-    partial = folder + PARTIAL
-    # An interrupted run may have left it.
+    partial = prediction_folder(out, sample) + PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
-    for name, mask in zip(sample.names, masks):
-        picture = Image.fromarray(np.asarray(mask, np.uint8) * 255)
-        picture.save(os.path.join(partial, f"{name}.png"))
+
+
+def write_frame(out: str, sample: Sample, t: int, mask) -> None:
+    """Writes the mask of frame t, bool [H, W], into the sample's unfinished folder."""
+    file, = prediction_files(out, sample, [sample.names[t]])
+    path = os.path.join(prediction_folder(out, sample) + PARTIAL, os.path.basename(file))
+    with writing(path):
+        Image.fromarray(np.asarray(mask, np.uint8) * 255).save(path)
+
+
+def finish_prediction(out: str, sample: Sample) -> None:
+    """Gives a sample's folder its name."""
+    folder = prediction_folder(out, sample)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    os.replace(folder + PARTIAL, folder)
 
 
 # ---- reading ---------------------------------------------------------------------------------------
@@ -102,15 +121,10 @@ def read_prediction(source: str | dict, sample: Sample, size: tuple) -> np.ndarr
 
 def read_mask(path, size):
     """bool [H, W] of a picture: 1 and 255 are the same."""
-    try:
-        with Image.open(path) as image:
-            mask = np.asarray(image.convert("L")) > 0
-    # Pillow raises any of these for a broken picture.
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadInput(f"cannot read predicted mask: {path} ({error})") from None
+    mask = np.asarray(read_image(path, "L", "predicted mask")) > 0
+    rows, columns = mask.shape
     H, W = size
-    if mask.shape != (H, W):
-        rows, columns = mask.shape
+    if (rows, columns) != (H, W):
         raise BadInput(f"predicted mask of wrong size: {path} is {rows} x {columns}, its frame {H} x {W}")
     return mask
 
@@ -126,21 +140,19 @@ def read_runs(videos, sample, size):
         raise BadInput(f"prediction_masks of {sample.name} are not a list of {count}, one per frame")
     where = f"the prediction of {sample.name}"
     masks = []
-    with reading(where):
-        for name in scored_names(sample):
-            rle = runs[sample.names.index(name)]
-            mask = np.zeros(size, bool) if rle is None else rle_mask(rle, where)
-            masks.append(mask)
-        masks = np.stack(masks)
-    rows, columns = masks.shape[1:]
-    H, W = size
-    if (rows, columns) != (H, W):
-        raise BadInput(f"prediction of {sample.name}: masks of {rows} x {columns}, its frames of {H} x {W}")
-    return masks
+    for name in scored_names(sample):
+        if name not in sample.names:
+            raise BadInput(f"{sample.name}: a mask of {name}, which is no frame of the video")
+        rle = runs[sample.names.index(name)]
+        mask = np.zeros(size, bool) if rle is None else rle_mask(rle, where, tuple(size))
+        masks.append(mask)
+    return np.stack(masks)
 
 
 def is_whole(source: str | dict, sample: Sample) -> bool:
     """Whether all frames of a sample have a prediction; none is read."""
+    if sample.broken:
+        return False
     if isinstance(source, dict):
         return sample.expression in source.get(sample.video, {})
     files = prediction_files(source, sample, sample.names)
@@ -155,10 +167,11 @@ def zip_predictions(benchmark: Benchmark, samples: list[Sample], directory: str,
         raise FileNotFoundError(f"no folder of predictions to pack: {top}")
     files = []
     for sample in samples:
-        files += prediction_files(directory, sample, sample.names)
+        if not sample.broken:
+            files += prediction_files(directory, sample, sample.names)
     path = os.path.join(out, f"{benchmark.name}.zip")
     # Stored as they are: the pictures are compressed already.
-    with zipfile.ZipFile(path + PARTIAL, "w") as archive:
+    with writing(path), zipfile.ZipFile(path + PARTIAL, "w") as archive:
         for file in sorted(filter(os.path.isfile, files)):
             inner = os.path.relpath(file, top)
             archive.write(file, os.path.join(benchmark.archive, inner))
@@ -170,8 +183,11 @@ def zip_predictions(benchmark: Benchmark, samples: list[Sample], directory: str,
 # OUT/Annotations, OUT/answers-RANK.jsonl with System 1's words, and OUT/run.json, which says whose they are.
 
 def unpredicted(out: str, samples: list[Sample]) -> list[Sample]:
-    """The samples without a prediction in OUT."""
-    return [sample for sample in samples if not os.path.isdir(prediction_folder(out, sample))]
+    """The samples without a prediction in OUT: broken ones have none."""
+    return [
+        sample for sample in samples
+        if sample.broken or not os.path.isdir(prediction_folder(out, sample))
+    ]
 
 
 def check_claim(out: str, claim: dict) -> None:
@@ -208,6 +224,7 @@ def clear(out: str) -> None:
     """Removes the predictions, answers and claim of an evaluation. Raises BadInput where they are not of
     one."""
     check_origin(out)
+    check_inside(f"{out}/Annotations", out)
     shutil.rmtree(f"{out}/Annotations", ignore_errors=True)
     for path in [*Path(out).glob("answers-[0-9]*.jsonl"), *Path(out).glob("run.json")]:
         if path.is_file():
@@ -218,9 +235,20 @@ def read_answers(directory: str) -> dict:
     """{name of a sample: its answer} of a directory of predictions; {} where there are none."""
     answers = {}
     for path in sorted(Path(directory).glob("answers-*.jsonl")):
-        for line in path.read_text().splitlines():
-            answer = parse_json(line)
+        check_file(path)
+        with reading(path):
+            lines = path.read_text(encoding="utf-8").splitlines()
+        for answer in map(parse_json, lines):
             # A full disk may have left half a line.
-            if isinstance(answer, dict) and {"name", "text", "keyframes"} <= answer.keys():
+            if is_answer(answer):
                 answers[answer["name"]] = answer
     return answers
+
+
+def is_answer(value) -> bool:
+    """Whether a JSON value has what an evaluation reads of an answer."""
+    if not isinstance(value, dict) or not {"name", "text", "keyframes"} <= value.keys():
+        return False
+    texts = isinstance(value["name"], str) and isinstance(value["text"], str)
+    keyframes = value["keyframes"]
+    return texts and isinstance(keyframes, (list, dict)) and all(str(t).isdecimal() for t in keyframes)

@@ -16,6 +16,7 @@ Letters: O objects, H W pixels.
 """
 import json
 import os
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -23,8 +24,18 @@ import numpy as np
 from benchmarks.media import read_image
 from benchmarks.metrics import by_kind, mean_picture, overlap, score_picture
 from benchmarks.mini import put, rectangles, stills
-from benchmarks.samples import Benchmark, Sample, files_of, named, polygon_mask, require, with_masks
-from trust.errors import BadInput, reading
+from benchmarks.samples import (
+    Benchmark,
+    Sample,
+    faults_of,
+    files_of,
+    named,
+    near_corners,
+    polygon_mask,
+    require,
+    with_masks,
+)
+from trust.errors import BadInput
 from trust.files import read_json
 
 # Values of a drawn picture.
@@ -39,46 +50,53 @@ def read_reasonseg(root: str, split: str) -> list[Sample]:
     """
     samples = []
     for path in files_of(f"{root}/{split}", "json"):
-        try:
-            record = read_json(path)
-        except BadInput:
-            # JSON that is broken fails again.
-            record = read_json(path, encoding="cp1252")
-        texts = require(record, "text", path, list)
-        shapes = require(record, "shapes", path, list)
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise BadInput(f"'text' is no list of phrasings in {path}")
-        kind = "long" if record.get("is_sentence") else "short"
         stem = os.path.basename(path).removesuffix(".json")
         picture = path.removesuffix(".json") + ".jpg"
+        sample = Sample("vos", "reasonseg", f"{split}/{stem}", "0", "", "short", [stem], [picture])
+        sample.objects = 1
+        sample.ids = ("target",)
+        texts = [""]
+        shapes = []
+        with faults_of(sample):
+            record = read_record(path)
+            texts = require(record, "text", path, list) or texts
+            shapes = require(record, "shapes", path, list)
+            if record.get("is_sentence"):
+                sample.kind = "long"
         if split != "train":
             texts = texts[:1]
         for i, text in enumerate(texts):
-            sample = Sample("vos", "reasonseg", f"{split}/{stem}", str(i), text, kind, [stem], [picture])
-            sample.objects = 1
-            sample.ids = ("target",)
-            sample.extra["ignore"] = partial(named, sample, lisa_mask, picture, path, shapes, IGNORED)
-            samples.append(with_masks(sample, lisa_mask, picture, path, shapes, TARGET))
+            asked = replace(sample, expression=str(i), query=text, extra={})
+            asked.extra["ignore"] = partial(named, asked, lisa_mask, picture, path, shapes, IGNORED)
+            samples.append(with_masks(asked, lisa_mask, picture, path, shapes, TARGET))
     return samples
+
+
+def read_record(path):
+    try:
+        return read_json(path)
+    except BadInput:
+        # JSON that is broken fails again.
+        return read_json(path, encoding="cp1252")
 
 
 def lisa_mask(picture, path, shapes, value, indices=None):
     """bool [1, 1, H, W]: the pixels of `value`, TARGET or IGNORED. Raises BadInput that names a bad shape."""
     width, height = read_image(picture).size
-    # Of the shapes that are drawn.
     values = []
-    masks = []
+    outlines = []
     for i, shape in enumerate(shapes):
         where = f"{path}: shape {i}"
-        with reading(where):
-            label = require(shape, "label", where, str).lower()
-            points = np.array(require(shape, "points", where, list))
-            if points.dtype.kind not in ("i", "f") or points.shape != (len(points), 2):
-                raise BadInput(f"no corners in {where}")
-            if label != "flag":
-                corners = [tuple(corner) for corner in points.astype(int).tolist()]
-                values.append(IGNORED if "ignore" in label else TARGET)
-                masks.append(polygon_mask(corners, height, width))
+        label = require(shape, "label", where, str).lower()
+        points = require(shape, "points", where, list)
+        points, = near_corners([points], height, width, where)
+        if label != "flag":
+            values.append(IGNORED if "ignore" in label else TARGET)
+            outlines.append(points)
+    masks = []
+    for points in near_corners(outlines, height, width, path):
+        corners = [tuple(corner) for corner in points.astype(int).tolist()]
+        masks.append(polygon_mask(corners, height, width))
     drawn = np.zeros((height, width), np.uint8)
     areas = [mask.sum() for mask in masks]
     # The largest first.
@@ -130,11 +148,7 @@ def mini_reasonseg(root: str, videos: int):
 
 
 REASONSEG = Benchmark(
-    name="reasonseg",
-    folder="reasonseg",
-    splits=("train", "val", "test"),
     read=read_reasonseg,
-    tested="val",
     task="image",
     score=score_reasonseg,
     subsets=reasonseg_subsets,

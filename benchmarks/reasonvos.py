@@ -18,31 +18,35 @@ import os
 import numpy as np
 
 from benchmarks.mini import ask, put, write_clips
-from benchmarks.samples import Benchmark, Sample, expressions, label_masks, require, with_masks
+from benchmarks.samples import Benchmark, Sample, expressions, faults_of, label_masks, require, with_masks
+from trust.files import check_name
 
 
 def read_reasonvos(root: str, split: str) -> list[Sample]:
     """Samples of a split. Raises BadInput or FileNotFoundError that names what is malformed or missing."""
     samples = []
     meta = f"{root}/meta_expressions.json"
-    for video, where, record, names, pictures, key, entry in expressions(meta, f"{root}/JPEGImages"):
-        source = require(record, "source", where, str)
-        number = str(require(entry, "obj_id", where, (str, int)))
-        folder = f"{source}_{video}_{number}"
-        if not os.path.isdir(f"{root}/Annotations/{folder}"):
-            folder = f"{source.lower()}_{video}_{number}"
-        masks = f"{root}/Annotations/{folder}"
-        scored = sorted(glob.glob(f"{glob.escape(masks)}/*.png"))
-        labels = [f"{masks}/{name}.png" for name in names]
-        query = require(entry, "exp_text", where, str)
-        kind = "sentence" if entry.get("is_sent") else "phrase"
-        sample = Sample("vos", "reasonvos", video, key, query, kind, names, pictures)
-        sample.objects = 1
-        sample.ids = (number,)
-        sample.folder = folder
-        if scored:
-            sample.scored = [os.path.basename(path).removesuffix(".png") for path in scored]
-        samples.append(with_masks(sample, scored_masks, labels, scored or labels))
+    for sample, where, record, entry in expressions("reasonvos", meta, "exp_text", f"{root}/JPEGImages"):
+        samples.append(sample)
+        sample.kind = "phrase"
+        with faults_of(sample):
+            source = require(record, "source", where, str)
+            number = str(require(entry, "obj_id", where, (str, int)))
+            folder = check_name(f"{source}_{sample.video}_{number}", where)
+            if not os.path.isdir(f"{root}/Annotations/{folder}"):
+                folder = f"{source.lower()}_{sample.video}_{number}"
+            sample.folder = folder
+            if entry.get("is_sent"):
+                sample.kind = "sentence"
+            sample.objects = 1
+            sample.ids = (number,)
+        masks = f"{root}/Annotations/{sample.folder}"
+        labels = [f"{masks}/{name}.png" for name in sample.names]
+        if not sample.broken:
+            scored = sorted(glob.glob(f"{glob.escape(masks)}/*.png"))
+            if scored:
+                sample.scored = [os.path.basename(path).removesuffix(".png") for path in scored]
+            with_masks(sample, scored_masks, labels, scored or labels)
     return samples
 
 
@@ -68,10 +72,6 @@ def mini_reasonvos(root: str, videos: int):
 
 
 REASONVOS = Benchmark(
-    name="reasonvos",
-    folder="reasonvos",
-    splits=("test",),
     read=read_reasonvos,
-    tested="test",
     mini=mini_reasonvos,
 )

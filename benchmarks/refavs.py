@@ -29,11 +29,12 @@ from scipy.io import wavfile
 
 from benchmarks.metrics import mean_row, of_kind
 from benchmarks.mini import put
-from benchmarks.samples import Benchmark, Sample, label_masks, with_masks
+from benchmarks.samples import Benchmark, Sample, faults_of, label_masks, with_masks
 from benchmarks.toy import toy_scene
 from data import SAMPLE_RATE
 from rewards import region_similarity
 from trust.errors import BadInput, reading
+from trust.files import check_file, check_name
 
 SPLITS = ("train", "val", "test_s", "test_u", "test_n")
 FRAMES = range(10)    # of every video
@@ -44,40 +45,59 @@ BATCH = 4             # expressions of a batch of the official evaluation
 def read_refavs(root: str, split: str) -> list[Sample]:
     """Samples of a split. Raises BadInput or FileNotFoundError that names what is malformed or missing."""
     path = f"{root}/metadata.csv"
-    with reading(path), open(path, newline="", encoding="utf-8") as file:
+    names = [f"{t:05d}" for t in FRAMES]
+    kind = "unseen" if split == "test_u" else "seen"
+    samples = []
+    for i, row in enumerate(read_rows(path)):
+        if row["split"] is None:
+            raise BadInput(f"row {i} has no split: {path}")
+        if row["split"] == split:
+            sample = Sample("avs", "refavs", "row", str(i), "", kind, names, [])
+            samples.append(sample)
+            with faults_of(sample):
+                read_row(sample, row, root, f"row {i} of {path}")
+    return samples
+
+
+def read_rows(path):
+    """The rows of the csv, each {column: text}."""
+    check_file(path)
+    # A byte order mark at the start is skipped.
+    with reading(path), open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         for column in ("uid", "split", "fid", "exp"):
-            if column not in (reader.fieldnames or ()):
-                raise BadInput(f"no column {column!r} in {path}")
-        rows = list(reader)
+            count = (reader.fieldnames or []).count(column)
+            if count != 1:
+                raise BadInput(f"{count or 'no'} column {column!r} in {path}")
+        return list(reader)
 
-    samples = []
-    names = [f"{t:05d}" for t in FRAMES]
-    for i, row in enumerate(rows):
-        # Cells beyond the columns are under None, missing cells are None.
-        if None in row or None in row.values():
-            raise BadInput(f"row {i} does not fit the columns: {path}")
-        if row["split"] != split:
-            continue
-        if row["uid"].count("_") < 2:
-            raise BadInput(f"the uid of row {i} has fewer than three parts: {path}")
-        folder, category, _ = row["uid"].rsplit("_", 2)
-        kind = "unseen" if split == "test_u" else "seen"
-        if category == "null":
-            kind = "null"
-        media = f"{root}/media/{folder}"
-        pictures = [f"{media}/frames/{t}.jpg" for t in FRAMES]
-        sample = Sample("avs", "refavs", folder, str(i), row["exp"], kind, names, pictures)
-        sample.sound = f"{media}/audio.wav"
-        sample.fps = 1.0
-        sample.objects = 1
-        sample.ids = (row["fid"],)
-        masks = f"{root}/gt_mask/{folder}/fid_{row['fid']}"
-        if not os.path.isdir(masks):
-            sample.fault = f"no such folder of masks: {masks}"
-        labels = [f"{masks}/{name}.png" for name in names]
-        samples.append(with_masks(sample, label_masks, labels, None))
-    return samples
+
+def read_row(sample, row, root, where):
+    """Fills in what a row says. Raises BadInput where it is not of its form."""
+    # Cells beyond the columns are under None, missing cells are None.
+    if None in row or None in row.values():
+        raise BadInput(f"{where} does not fit the columns")
+    sample.query = row["exp"]
+    if "\n" in row["exp"]:
+        raise BadInput(f"the expression of {where} has several lines: is a quote not closed?")
+    if row["uid"].count("_") < 2:
+        raise BadInput(f"the uid of {where} has fewer than three parts")
+    folder, category, _ = row["uid"].rsplit("_", 2)
+    sample.video = check_name(folder, where)
+    if category == "null":
+        sample.kind = "null"
+        sample.null = True
+    media = f"{root}/media/{folder}"
+    sample.pictures = [f"{media}/frames/{t}.jpg" for t in FRAMES]
+    sample.sound = f"{media}/audio.wav"
+    sample.fps = 1.0
+    sample.objects = 1
+    sample.ids = (row["fid"],)
+    masks = f"{root}/gt_mask/{folder}/" + check_name(f"fid_{row['fid']}", where)
+    if not os.path.isdir(masks):
+        sample.fault = f"no such folder of masks: {masks}"
+    labels = [f"{masks}/{name}.png" for name in sample.names]
+    with_masks(sample, label_masks, labels, None)
 
 
 def choose_rows(samples: list[Sample], seed: int) -> list[Sample]:
@@ -170,7 +190,10 @@ def column(rows, key):
 
 # ---- the miniature ---------------------------------------------------------------------------------
 def mini_refavs(root: str, videos: int):
-    """Videos of null expressions have empty masks and a name that says so, as the original ones."""
+    """Videos of null expressions have empty masks and a name that says so, as the original ones.
+
+    A thing that is never in sight has no expression.
+    """
     rows = [("vid", "uid", "split", "fid", "exp")]
     for (s, split), i in itertools.product(enumerate(SPLITS), range(videos)):
         scene = toy_scene("long", 10 * s + i)
@@ -186,6 +209,8 @@ def mini_refavs(root: str, videos: int):
             names = ["left", "right", "first", "last"]
         write_media(root, folder, scene, masks)
         for o, name in enumerate(names):
+            if not null and not masks[o].any():
+                continue
             category = "null" if null else name.replace(" ", "-")
             uid = f"{folder}_{category}_{o + 1}"
             rows.append((video, uid, split, 0 if null else o, f"The {name} object, wherever it is"))
@@ -208,11 +233,7 @@ def write_media(root, folder, scene, masks):
 
 
 REFAVS = Benchmark(
-    name="refavs",
-    folder="refavs",
-    splits=SPLITS,
     read=read_refavs,
-    tested="test_s,test_u,test_n",
     score=score_refavs,
     subsets=refavs_subsets,
     columns=("J", "F", "J&F", "S"),

@@ -17,17 +17,20 @@ Letters: H W pixels.
 """
 import os
 import pickle
+import resource
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from benchmarks.media import read_image
 from benchmarks.metrics import picture_subsets, score_picture
 from benchmarks.mini import put, rectangles, stills
-from benchmarks.samples import Benchmark, Sample, require, rle_mask, with_masks
+from benchmarks.samples import Benchmark, Sample, faults_of, near_corners, require, rle_mask, with_masks
 from benchmarks.toy import CANVAS
 from trust.errors import BadInput, reading
-from trust.files import read_json
+from trust.files import check_file, check_name, read_json
 
+# Bytes, for references. The largest published file of them takes a tenth.
+MOST_MEMORY = 2**32
 UNC = ("train", "val", "testA", "testB")
 UMD = ("train", "val", "test")
 IMAGES = "images/mscoco/images/train2014"
@@ -43,32 +46,57 @@ def read_refer(name: str, by: str, root: str, split: str) -> list[Sample]:
     refs = f"{root}/{name}/refs({by}).p"
     instances = read_json(path)
     references = read_pickle(refs)
-    images = {}
-    for image in require(instances, "images", path, list):
-        images[require(image, "id", path, ID)] = image
-    annotations = {}
-    for annotation in require(instances, "annotations", path, list):
-        annotations[require(annotation, "id", path, ID)] = annotation
-
+    images = by_id(require(instances, "images", path, list), path)
+    annotations = by_id(require(instances, "annotations", path, list), path)
     samples = []
-    for ref in references:
+    for i, ref in enumerate(references):
         if require(ref, "split", refs) != split:
             continue
-        where = f"{path} (reference {require(ref, 'ref_id', refs)})"
-        number = require(ref, "ann_id", refs, ID)
-        image = require(images, require(ref, "image_id", refs, ID), where)
-        annotation = require(annotations, number, where)
-        shape = require(annotation, "segmentation", where, (list, dict))
-        picture = os.path.join(root, IMAGES, require(image, "file_name", where, str))
-        stem = os.path.splitext(os.path.basename(picture))[0]
-        for sentence in require(ref, "sentences", refs, list):
-            key = str(require(sentence, "sent_id", refs))
-            query = require(sentence, "sent", refs, str)
-            sample = Sample("vos", name, stem, key, query, "", [stem], [picture])
-            sample.objects = 1
-            sample.ids = (str(number),)
-            samples.append(with_masks(sample, coco_mask, picture, shape, where))
+        where = f"reference {i} of {refs}"
+        reference = Sample("vos", name, "reference", str(i), "", "", [], [])
+        # One that has none is a broken sample itself.
+        sentences = [None]
+        shape = []
+        with faults_of(reference):
+            sentences = require(ref, "sentences", where, list) or sentences
+            shape = read_reference(reference, ref, where, root, images, annotations)
+        for n, sentence in enumerate(sentences):
+            sample = replace(reference, expression=f"{i}-{n}")
+            with faults_of(sample):
+                sample.expression = str(require(sentence, "sent_id", where, ID))
+                sample.query = require(sentence, "sent", where, str)
+            samples.append(with_masks(sample, coco_mask, sample, shape, where))
     return samples
+
+
+def by_id(records, path):
+    """{id: record} of a list of records. One without an id is left out: what refers to it says so."""
+    table = {}
+    for record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("id"), ID):
+            continue
+        key = record["id"]
+        if table.setdefault(key, record) != record:
+            raise BadInput(f"the id {key} comes twice in {path}")
+    return table
+
+
+def read_reference(sample, ref, where, root, images, annotations):
+    """Fills in a reference's picture and object. Returns the object's segmentation.
+
+    Raises BadInput for what is missing.
+    """
+    number = require(ref, "ann_id", where, ID)
+    image = require(images, require(ref, "image_id", where, ID), f"the images, for {where}")
+    annotation = require(annotations, number, f"the annotations, for {where}")
+    shape = require(annotation, "segmentation", f"annotation {number}, for {where}", (list, dict))
+    file = check_name(require(image, "file_name", where, str), where)
+    sample.video = os.path.splitext(file)[0]
+    sample.names = [sample.video]
+    sample.pictures = [os.path.join(root, IMAGES, file)]
+    sample.objects = 1
+    sample.ids = (str(number),)
+    return shape
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -78,34 +106,59 @@ class PlainUnpickler(pickle.Unpickler):
         raise ValueError(f"holds {module}.{name}, not plain data")
 
 
+@contextmanager
+def bounded_memory(most: int):
+    """Inside, the process may take at most so many more bytes. Beyond, Python raises MemoryError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[5])
+        limits.append(pages * resource.getpagesize() + most)
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 def read_pickle(path):
     """The list in a pickle of plain data, written by Python 2. Raises BadInput that names the file."""
+    check_file(path)
     with reading(path), open(path, "rb") as file:
-        value = PlainUnpickler(file, encoding="latin1").load()
+        try:
+            # A few bytes of a pickle can ask for any memory.
+            with bounded_memory(MOST_MEMORY):
+                value = PlainUnpickler(file, encoding="latin1").load()
+        except MemoryError:
+            raise BadInput(f"cannot use {path} (it asks for more than {MOST_MEMORY} bytes)") from None
         if not isinstance(value, list):
             raise ValueError(f"a list expected, not a {type(value).__name__}")
     return value
 
 
-def coco_mask(picture, shape, where, indices=None):
+def coco_mask(sample, shape, where, indices=None):
     """bool [1, 1, H, W] of a COCO segmentation: polygons [x, y, x, y, ...], or a run-length encoding.
 
     Raises BadInput that names `where`.
     """
+    width, height = sample.read_picture(sample.pictures[0]).size
     if isinstance(shape, dict):
-        return rle_mask(shape, where)[None, None]
+        return rle_mask(shape, where, (height, width))[None, None]
     from pycocotools import mask as coco
-    if not shape:
-        raise BadInput(f"no polygons in {where}")
-    for polygon in shape:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+    polygons = []
+    for numbers in shape:
+        if not isinstance(numbers, list) or len(numbers) < 6 or len(numbers) % 2:
             raise BadInput(f"no polygons in {where}")
-    width, height = read_image(picture).size
+        polygons.append(list(zip(numbers[::2], numbers[1::2])))
+    if not polygons:
+        raise BadInput(f"no polygons in {where}")
+    near_corners(polygons, height, width, where)
     with reading(where):
         # Where polygons overlap, a pixel counts once.
         union = coco.merge(coco.frPyObjects(shape, height, width))
         union["counts"] = union["counts"].decode()
-    return rle_mask(union, where)[None, None]
+    return rle_mask(union, where, (height, width))[None, None]
 
 
 # ---- the miniature ---------------------------------------------------------------------------------
@@ -143,11 +196,7 @@ def polygons(mask):
 
 
 REFCOCO = Benchmark(
-    name="refcoco",
-    folder="refer_seg",
-    splits=UNC,
     read=partial(read_refer, "refcoco", "unc"),
-    tested="val",
     task="image",
     score=score_picture,
     subsets=picture_subsets,
@@ -155,5 +204,5 @@ REFCOCO = Benchmark(
     paired="IoU",
     mini=mini_refer,
 )
-REFCOCO_PLUS = replace(REFCOCO, name="refcoco+", read=partial(read_refer, "refcoco+", "unc"))
-REFCOCOG = replace(REFCOCO, name="refcocog", splits=UMD, read=partial(read_refer, "refcocog", "umd"))
+REFCOCO_PLUS = replace(REFCOCO, read=partial(read_refer, "refcoco+", "unc"))
+REFCOCOG = replace(REFCOCO, read=partial(read_refer, "refcocog", "umd"))

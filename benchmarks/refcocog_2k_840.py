@@ -20,13 +20,14 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.mini import encoded, stills
-from benchmarks.samples import Benchmark, Sample, files_of, require
+from benchmarks.samples import Benchmark, Sample, faults_of, files_of, require
 from benchmarks.toy import CANVAS
 from trust.errors import BadInput, reading
+from trust.files import check_file
 
 SIDE = 840    # of the pictures, in pixels
 COLUMNS = ["id", "problem", "solution", "img_height", "img_width"]
-PAIR = r"\((\d+),(\d+)\),\((\d+),(\d+)\)"
+PAIR = r"\(([0-9]{1,9}),([0-9]{1,9})\),\(([0-9]{1,9}),([0-9]{1,9})\)"
 
 
 def read_refcocog(root: str, split: str) -> list[Sample]:
@@ -40,19 +41,28 @@ def read_refcocog(root: str, split: str) -> list[Sample]:
         with reading(path):
             rows = table.read(COLUMNS).to_pylist()
         for i, row in enumerate(rows):
-            where = f"row {i}: {path}"
-            key = require(row, "id", where, str)
-            query = require(row, "problem", where, str)
-            solution = require(row, "solution", where, str)
-            match = re.search(f"<box>{PAIR}</box><points>{PAIR}</points>", solution)
-            if not match:
-                raise BadInput(f"no box and two points in the solution of row {i}: {path}")
-            numbers = [float(digits) for digits in match.groups()]
-            sample = Sample("image", "refcocog_2k_840", key, "0", query, "", [key], [f"{path}#{i}"])
-            sample.truth = dict(box=tuple(numbers[:4]), points=[numbers[4:6], numbers[6:]], size=(SIDE, SIDE))
+            sample = Sample("image", "refcocog_2k_840", "row", str(len(samples)), "", "", [], [f"{path}#{i}"])
             sample.read_picture = read_cell
             samples.append(sample)
+            with faults_of(sample):
+                read_row(sample, row, f"row {i}: {path}")
     return samples
+
+
+def read_row(sample, row, where):
+    """Fills in what a row says. Raises BadInput where it is not of its form."""
+    sample.video = require(row, "id", where, str)
+    sample.names = [sample.video]
+    sample.query = require(row, "problem", where, str)
+    solution = require(row, "solution", where, str)
+    match = re.search(f"<box>{PAIR}</box><points>{PAIR}</points>", solution)
+    if not match:
+        raise BadInput(f"no box and two points in the solution of {where}")
+    numbers = [float(digits) for digits in match.groups()]
+    x1, y1, x2, y2 = box = tuple(numbers[:4])
+    if max(numbers) > SIDE or x1 > x2 or y1 > y2:
+        raise BadInput(f"no box and two points of a picture of {SIDE} x {SIDE} in the solution of {where}")
+    sample.truth = dict(box=box, points=[numbers[4:6], numbers[6:]], size=(SIDE, SIDE))
 
 
 def read_cell(path):
@@ -77,6 +87,7 @@ def read_cell(path):
 def open_parquet(path):
     """The pyarrow ParquetFile at `path`. Raises BadInput that names it, or the library that is missing."""
     library = import_pyarrow()
+    check_file(path)
     with reading(path):
         return library.parquet.ParquetFile(path, memory_map=True)
 
@@ -113,11 +124,7 @@ def mini_refcocog(root: str, videos: int):
 
 
 REFCOCOG_2K_840 = Benchmark(
-    name="refcocog_2k_840",
-    folder="refcocog_2k_840",
-    splits=("train",),
     read=read_refcocog,
-    aliases=("refcocog",),
     per_video=False,
     mini=mini_refcocog,
 )

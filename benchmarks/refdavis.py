@@ -20,6 +20,7 @@ The evaluation of DAVIS 2017 reads OUT/anno_0 ... anno_3/<video>/<frame>.png, wh
 Letters: O objects, T frames, H W pixels.
 """
 import itertools
+import re
 from functools import partial
 
 import numpy as np
@@ -33,7 +34,7 @@ from benchmarks.samples import (
     Benchmark,
     Sample,
     expressions,
-    label_masks,
+    faults_of,
     named,
     read_labels,
     require,
@@ -42,30 +43,58 @@ from benchmarks.samples import (
 from benchmarks.toy import toy_scene
 from rewards import region_similarity
 from trust.errors import BadInput
+from trust.files import check_inside
+
+NUMBER = re.compile("[0-9]{1,9}")
+VOID = 255
+# No video of DAVIS has as many. The time of protocol A grows with their square.
+MOST_OBJECTS = 32
 
 
 def read_refdavis(root: str, split: str) -> list[Sample]:
     """Samples of a split. Raises BadInput or FileNotFoundError that names what is malformed or missing.
 
-    extra["annotator"]   0 to 3
+    extra["annotator"]   0 to 3; None where the sample's numbers are none
     extra["annotation"]  () -> uint8 [T, H, W]: the number of the object at each pixel, 255 for void
     """
     samples = []
     meta = f"{root}/meta_expressions/{split}/meta_expressions.json"
-    for video, where, _, names, pictures, key, entry in expressions(meta, f"{root}/{split}/JPEGImages"):
-        number = str(require(entry, "obj_id", where, (str, int)))
-        if not (key.isdigit() and number.isdigit()):
-            raise BadInput(f"the expression's id or obj_id is no number in {where}")
-        query = require(entry, "exp", where, str)
-        kind = ("first frame", "full video")[int(key) % 2]
-        sample = Sample("vos", "refdavis", video, key, query, kind, names, pictures)
-        sample.objects = 1
-        sample.ids = (number,)
-        labels = [f"{root}/{split}/Annotations/{video}/{name}.png" for name in names]
-        sample.extra["annotator"] = int(key) % 4
-        sample.extra["annotation"] = partial(named, sample, read_labels, labels)
-        samples.append(with_masks(sample, label_masks, labels, int(number)))
+    for sample, where, _, entry in expressions("refdavis", meta, "exp", f"{root}/{split}/JPEGImages"):
+        samples.append(sample)
+        sample.extra["annotator"] = None
+        with faults_of(sample):
+            key = sample.expression
+            number = str(require(entry, "obj_id", where, (str, int)))
+            if not (NUMBER.fullmatch(key) and NUMBER.fullmatch(number)):
+                raise BadInput(f"the expression's id or obj_id is no number in {where}")
+            # 0 is the background.
+            if not 0 < int(number) < VOID:
+                raise BadInput(f"obj_id {number} is no number of an object in {where}")
+            sample.kind = ("first frame", "full video")[int(key) % 2]
+            sample.objects = 1
+            sample.ids = (number,)
+            labels = [f"{root}/{split}/Annotations/{sample.video}/{name}.png" for name in sample.names]
+            sample.extra["annotator"] = int(key) % 4
+            sample.extra["annotation"] = partial(named, sample, read_numbers, labels)
+            with_masks(sample, object_masks, labels, int(number))
     return samples
+
+
+def read_numbers(paths: list, indices=None) -> np.ndarray:
+    """uint8 [T, H, W]: the number of the object at each pixel. Raises BadInput for one above MOST_OBJECTS."""
+    if indices is not None:
+        paths = [paths[index] for index in indices]
+    numbers = read_labels(paths)
+    for path, label in zip(paths, numbers):
+        highest = int(label[label != VOID].max(initial=0))
+        if highest > MOST_OBJECTS:
+            raise BadInput(f"object {highest} in a mask, but no more than {MOST_OBJECTS} expected: {path}")
+    return numbers
+
+
+def object_masks(paths, number, indices=None):
+    """bool [1, T, H, W] of one object."""
+    return (read_numbers(paths, indices) == number)[None]
 
 
 # ---- the official metrics --------------------------------------------------------------------------
@@ -93,9 +122,13 @@ def davis_protocol_a(samples: list[Sample], source, rows: list[dict]) -> dict:
 
 
 def annotator_videos(samples):
-    """{(annotator, video): its samples, one for each object, in the order of the file}."""
+    """{(annotator, video): its samples, one for each object, in the order of their ids}.
+
+    A broken sample whose annotator is not known is in none.
+    """
     groups = {}
-    for sample in sorted(samples, key=lambda sample: int(sample.expression)):
+    known = [sample for sample in samples if sample.extra["annotator"] is not None]
+    for sample in sorted(known, key=lambda sample: int(sample.expression)):
         key = sample.extra["annotator"], sample.video
         groups.setdefault(key, []).append(sample)
     return groups
@@ -107,8 +140,10 @@ def object_scores(group, source, readable):
     An object scores 0 if its sample's name is not in `readable`. All score 0 if the video's annotation is
     broken, where the official evaluation fails.
     """
+    # A broken sample reads nothing.
+    readers = [sample for sample in group if not sample.broken] or group
     try:
-        annotation = group[0].extra["annotation"]()
+        annotation = readers[0].extra["annotation"]()
     except BadInput:
         # The row of each sample names the broken annotation.
         return [(0.0, 0.0)] * len(group)
@@ -142,7 +177,7 @@ def match_objects(pred, annotation, missing=()):
                       many proposals as objects
     missing           (proposal, object) pairs. Both score 0, whatever they are matched with
     """
-    void = annotation == 255
+    void = annotation == VOID
     first = annotation[0][~void[0]]
     objects = int(first.max(initial=0))
     proposals = max(int(pred.max()), objects)
@@ -173,7 +208,10 @@ def write_davis(out: str, samples: list[Sample], readable: set):
         shape = group[0].extra["annotation"]().shape
         indexed = indexed_masks(group, out, shape, readable)
         for name, picture in zip(group[0].names, indexed):
-            put(picture, f"{out}/anno_{annotator}/{video}/{name}.png")
+            folder = f"{out}/anno_{annotator}"
+            path = f"{folder}/{video}/{name}.png"
+            check_inside(path, folder)
+            put(picture, path)
 
 
 # ---- the miniature ---------------------------------------------------------------------------------
@@ -204,11 +242,7 @@ def mini_refdavis(root: str, videos: int):
 
 
 REFDAVIS = Benchmark(
-    name="refdavis",
-    folder="refdavis",
-    splits=("valid",),
     read=read_refdavis,
-    tested="valid",
     subsets=davis_subsets,
     joint=davis_protocol_a,
     export=write_davis,

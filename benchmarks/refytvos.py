@@ -20,10 +20,10 @@ def read_refytvos(root: str, split: str) -> list[Sample]:
     left_out = require(read_json(test), "videos", test, dict)
     samples = []
     meta = f"{root}/meta_expressions/valid/meta_expressions.json"
-    for video, where, _, names, pictures, key, entry in expressions(meta, f"{root}/valid/JPEGImages"):
-        if video not in left_out:
-            query = require(entry, "exp", where, str)
-            samples.append(Sample("vos", "refytvos", video, key, query, "", names, pictures))
+    folder = f"{root}/valid/JPEGImages"
+    for sample, _, _, _ in expressions("refytvos", meta, "exp", folder):
+        if sample.video not in left_out:
+            samples.append(sample)
     return samples
 
 
@@ -44,10 +44,6 @@ def mini_refytvos(root: str, videos: int):
 
 
 REFYTVOS = Benchmark(
-    name="refytvos",
-    folder="refytvos",
-    splits=("valid",),
     read=read_refytvos,
-    tested="valid",
     mini=mini_refytvos,
 )

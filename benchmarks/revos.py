@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.metrics import mean_row, of_kind, score_video
 from benchmarks.mini import ask, put, write_clips
-from benchmarks.samples import Benchmark, Sample, named, require, rle_masks, rle_samples
+from benchmarks.samples import Benchmark, Sample, faults_of, named, require, rle_masks, rle_samples
 from benchmarks.toy import CANVAS, Scene
 from trust.errors import BadInput
 from trust.files import read_json
@@ -44,12 +44,14 @@ def read_revos(root: str, split: str) -> list[Sample]:
     # {video: {annotation: None}} in the order of the file; complete when all samples are listed.
     used = {}
     for sample, where, entry in rle_samples("revos", root, meta, mask_file, table, mend=True):
-        type_id = require(entry, "type_id", where, int)
-        if type_id not in (0, 1, 2):
-            raise BadInput(f"type_id {type_id} is none of 0, 1, 2 in {where}")
-        sample.kind = KINDS[type_id]
-        if sample.kind == "hallucination":
-            # A hallucination names no object on purpose.
+        with faults_of(sample):
+            type_id = require(entry, "type_id", where, int)
+            if type_id not in (0, 1, 2):
+                raise BadInput(f"type_id {type_id} is none of 0, 1, 2 in {where}")
+            sample.kind = KINDS[type_id]
+        sample.null = sample.kind == "hallucination"
+        if sample.null and not sample.ids:
+            # It names no object on purpose.
             sample.fault = ""
         ids = used.setdefault(sample.video, {})
         ids.update(dict.fromkeys(sample.ids))
@@ -155,11 +157,7 @@ def annotate(scene: Scene, table: dict, kinds: tuple) -> dict:
 
 
 REVOS = Benchmark(
-    name="revos",
-    folder="revos",
-    splits=("train", "valid"),
     read=read_revos,
-    tested="valid",
     score=score_revos,
     subsets=revos_subsets,
     columns=("J", "F", "J&F", "A", "R", "A_x255", "R_x255"),

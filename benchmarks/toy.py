@@ -355,10 +355,6 @@ def read_toy(root: str, split: str) -> list[Sample]:
 
 
 TOY = Benchmark(
-    name="toy",
-    folder="",
-    splits=TOY_SPLITS,
     read=read_toy,
-    tested="test",
     usual=200,
 )

@@ -14,12 +14,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.mini import encoded, put
-from benchmarks.samples import Benchmark, Sample, require
+from benchmarks.samples import Benchmark, Sample, faults_of, require
 from benchmarks.toy import CANVAS, toy_scene
-from data import FPS, SAMPLE_RATE, answer_text
-from trust.files import read_json
-
-TEXTS = ("problem", "data_type", "problem_type", "path", "solution")
+from data import FPS, QUESTION_FORMS, SAMPLE_RATE, answer_text, check_text
+from trust.errors import BadInput
+from trust.files import check_name, read_json
 
 
 def read_video_r1(root: str, split: str) -> list[Sample]:
@@ -27,22 +26,42 @@ def read_video_r1(root: str, split: str) -> list[Sample]:
     path = f"{root}/Video-R1-260k.json"
     samples = []
     for i, item in enumerate(read_json(path, list)):
-        where = f"{path}: item {i}"
-        query, media, kind, file, solution = [require(item, key, where, str) for key in TEXTS]
-        key = str(item.get("problem_id", i))
-        location = os.path.normpath(os.path.join(root, file))
-        sample = Sample("qa", "video_r1", os.path.normpath(file), key, query, kind, [], [location])
-        sample.truth = dict(
-            type=kind,
-            options=item.get("options") or [],
-            solution=answer_text(solution) or solution.strip(),
-        )
-        if media == "video":
-            sample.sound = location
-        else:
-            sample.names = [os.path.splitext(os.path.basename(file))[0]]
+        sample = Sample("qa", "video_r1", "item", str(i), "", "", [], [])
         samples.append(sample)
+        with faults_of(sample):
+            read_question(sample, item, root, f"{path}: item {i}")
     return samples
+
+
+def read_question(sample, item, root, where):
+    """Fills in what an item of the file says. Raises BadInput for what cannot be asked or rewarded."""
+    sample.query = require(item, "problem", where, str)
+    file = os.path.normpath(require(item, "path", where, str))
+    sample.video = check_name(file, where, slashes=True)
+    location = os.path.join(root, file)
+    sample.pictures = [location]
+    media = require(item, "data_type", where, str)
+    if media == "video":
+        sample.sound = location
+    elif media == "image":
+        sample.names = [os.path.splitext(os.path.basename(file))[0]]
+    else:
+        raise BadInput(f"data_type {media[:80]!r} is neither video nor image in {where}")
+    sample.kind = require(item, "problem_type", where, str)
+    if sample.kind not in QUESTION_FORMS:
+        raise BadInput(f"problem_type {sample.kind[:80]!r} is unknown in {where}")
+    options = item.get("options")
+    if options is None:
+        options = []
+    if not isinstance(options, list):
+        raise BadInput(f"'options' is a {type(options).__name__} in {where}")
+    for option in options:
+        check_text(option, f"an option in {where}")
+    check_text(sample.query + "".join(options), f"the question with its options in {where}")
+    solution = check_text(require(item, "solution", where), f"the solution in {where}").strip()
+    if "<answer>" in solution:
+        solution = check_text(answer_text(solution), f"the answer in the solution in {where}")
+    sample.truth = dict(type=sample.kind, options=options, solution=solution)
 
 
 # ---- the miniature ---------------------------------------------------------------------------------
@@ -116,9 +135,6 @@ def chunk(tag, content):
 
 
 VIDEO_R1 = Benchmark(
-    name="video_r1",
-    folder="video_r1",
-    splits=("train",),
     read=read_video_r1,
     per_video=False,
     mini=mini_video_r1,

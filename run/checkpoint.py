@@ -6,17 +6,22 @@
         metrics.jsonl    the log so far
         state/           trained weights in float32, AdamW's state and random states. Every process writes its
                          shards, and any number of processes reads them.
+        checksums.json   {file: its SHA-256}. A run continues only from files that are what was written.
     out/NAME/policy/     the same after the last step, without metrics.jsonl and state
 
-Each folder is written as FOLDER.partial and renamed when it is complete.
+Each folder is written as FOLDER.partial and renamed when it is complete. One that turns out damaged is
+renamed to FOLDER.damaged, and the run continues from the one before.
 """
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,10 +32,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import Adapted, Thinker
+from run.log import Log, warned
+from run.processes import gather
 from run.settings import resumable_names
-from segment import reference_folder
 from trust.errors import BadInput, one_line
-from trust.files import read_json
+from trust.files import check_file, check_name, read_json
+from trust.options import reference_folder
 
 
 # ---- before a run ----------------------------------------------------------------------------------
@@ -52,34 +59,77 @@ def check_place(out: str, settings) -> None:
 
 
 def only_one(out: str):
-    """A file that is locked until it is closed.
+    """A file that is locked until it is closed, or until this process ends.
 
-    Raises BadInput where another run holds the lock, such as the first run of a job that was started again.
+    Raises BadInput where another process holds the lock, such as that of a job that was started twice.
     """
     os.makedirs(out, exist_ok=True)
     lock = open(os.path.join(out, "lock"), "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Not flock: the worker processes would inherit that, and could hold it when this process is dead.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         raise BadInput(f"another process is writing to {out}; give another --name, "
                        f"or wait for it to end") from None
     return lock
 
 
 def find_checkpoint(out: str, settings) -> tuple[Path | None, dict]:
-    """The run's newest checkpoint, or policy/ where all steps are done -> (folder, its run.json).
+    """The run's newest whole checkpoint, or policy/ where all steps are done -> (folder, its run.json).
 
-    Without one: (None, a run.json of step 0). Raises BadInput where it was trained with other settings.
+    Without one: (None, a run.json of step 0). All processes have to call it together, and get the same.
+    Raises BadInput where it was trained with other settings, or where all checkpoints are damaged.
     """
-    checkpoints = sorted(Path(out).glob("step-??????/run.json"))
-    for policy in Path(out).glob("policy/run.json"):
-        if read_json(policy)["step"] >= settings.steps:
-            checkpoints.append(policy)
-    if settings.overwrite or not checkpoints:
+    rank = dist.get_rank()
+    candidates = gather(read_runs(out, settings) if rank == 0 else None)[0]
+    if not candidates:
         return None, dict(step=0, nonfinite_in_a_row=0)
+    problems = {}
+    for folder, run, problem in candidates:
+        if not problem:
+            check_same_run(folder, run, settings)
+            # The first of what any process has found.
+            problem = next(filter(None, gather(find_damage(folder, rank, dist.get_world_size()))), "")
+        if not problem:
+            if rank == 0:
+                put_aside(problems, folder)
+            return folder, run
+        problems[folder] = problem
+    raise BadInput(f"{'; '.join(problems.values())}; no whole checkpoint is left to continue from: "
+                   f"give another --name, or --overwrite true")
 
-    folder = checkpoints[-1].parent
-    run = read_json(checkpoints[-1])
+
+def read_runs(out: str, settings) -> list[tuple[Path, dict, str]]:
+    """(checkpoint, its run.json, what is wrong with that), the newest first."""
+    if settings.overwrite:
+        return []
+    runs = []
+    for folder in [Path(out, "policy"), *sorted(Path(out).glob("step-??????"), reverse=True)]:
+        if not (folder / "run.json").exists():
+            continue
+        try:
+            run = read_run(folder)
+            # A policy of fewer steps has no state to continue from.
+            if folder.name != "policy" or run["step"] >= settings.steps:
+                runs.append((folder, run, ""))
+        except BadInput as error:
+            runs.append((folder, {}, str(error)))
+    return runs
+
+
+def read_run(folder: Path) -> dict:
+    """A checkpoint's run.json. Raises BadInput, naming it, where it is none."""
+    run = read_json(folder / "run.json")
+    for name, kind in dict(settings=dict, step=int, processes=int, nonfinite_in_a_row=int).items():
+        if not isinstance(run.get(name), kind):
+            raise BadInput(f"{folder}/run.json is damaged: its {name!r} is missing or of a wrong type")
+    if folder.name not in ("policy", f"step-{run['step']:06d}"):
+        raise BadInput(f"{folder}/run.json is damaged: it is of step {run['step']}")
+    return run
+
+
+def check_same_run(folder: Path, run: dict, settings) -> None:
+    """Raises BadInput where a checkpoint has settings that a continued run may not change."""
     now = dataclasses.asdict(settings)
     resumable = resumable_names(type(settings))
     changed = []
@@ -89,10 +139,63 @@ def find_checkpoint(out: str, settings) -> tuple[Path | None, dict]:
     if changed:
         raise BadInput(f"{folder} has other settings: {', '.join(changed)}; give another --name, "
                        f"or --overwrite true")
-    before = run["settings"]["steps"]
+    before = run["settings"].get("steps")
     if before != settings.steps and dist.get_rank() == 0:
         print(f"--steps {before} -> {settings.steps}")
-    return folder, run
+
+
+def put_aside(problems: dict, whole: Path) -> None:
+    """Names the damaged checkpoints, and renames them, so that they count as none of the newest."""
+    for folder, problem in problems.items():
+        aside = Path(f"{folder}.damaged")
+        print(f"{problem}; falls back to {whole}, and keeps the damaged one as {aside}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+
+# ---- checksums -------------------------------------------------------------------------------------
+def checksum(file: Path) -> str:
+    """SHA-256 of a file: 1 to 2 GB a second."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        while block := content.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def own_checksums(partial: str, rank: int) -> dict[str, str]:
+    """{file: checksum} of the files that this process has written of a checkpoint."""
+    folder = Path(partial)
+    files = list(folder.glob(f"state/__{rank}_*"))
+    if rank == 0:
+        files += [file for file in folder.iterdir() if file.is_file()]
+        files += folder.glob("state/.metadata")
+    # The weights' files at once: Python does not hold its lock over a checksum.
+    with ThreadPoolExecutor(8) as pool:
+        sums = list(pool.map(checksum, files))
+    return {str(file.relative_to(folder)): digest for file, digest in zip(files, sums)}
+
+
+def find_damage(folder: Path, rank: int, world: int) -> str:
+    """What is wrong with a checkpoint, in this process's share of the files; "" for nothing.
+
+    Checkpoints of earlier versions have no checksums.
+    """
+    try:
+        if (folder / "checksums.json").exists():
+            sums = read_json(folder / "checksums.json")
+            for name in sorted(sums)[rank::world]:
+                file = folder / check_name(name, f"{folder}/checksums.json", slashes=True)
+                check_file(file)
+                if checksum(file) != sums[name]:
+                    return f"{file} is damaged: it is not what was saved"
+        if folder.name != "policy" and rank == 0:
+            lines = (folder / "metrics.jsonl").read_bytes().count(b"\n")
+            if f"step-{lines:06d}" != folder.name:
+                return f"{folder}/metrics.jsonl is damaged: it has {lines} lines"
+    except (OSError, BadInput) as error:
+        return f"{folder} is damaged ({error})"
+    return ""
 
 
 # ---- state -----------------------------------------------------------------------------------------
@@ -130,7 +233,7 @@ def restore(
     if not alike:
         del state["random"]
     try:
-        dcp.load(state, checkpoint_id=checkpoint / "state")
+        dcp.load(state, storage_reader=StateReader(checkpoint / "state"))
     # An AssertionError means that there is no state at all.
     except (dcp.api.CheckpointException, AssertionError):
         raise BadInput(f"{checkpoint}/state is damaged or incomplete; once {checkpoint} is removed, the same "
@@ -138,6 +241,40 @@ def restore(
     torch.set_rng_state(random[f"cpu-{rank}"])
     if f"cuda-{rank}" in random:
         torch.cuda.set_rng_state(random[f"cuda-{rank}"])
+
+
+class StateReader(dcp.FileSystemReader):
+    """Reads a state whose index is a pickle, and makes nothing of it but an index of tensors."""
+
+    def read_metadata(self, *arguments, **options):
+        path = self._get_metadata_path(options.get("rank"))
+        with open(path, "rb") as file:
+            metadata = IndexUnpickler(file).load()
+        for place in metadata.storage_data.values():
+            check_name(place.relative_path, str(path))
+        return super().read_metadata(*arguments, **options)
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """Knows only what an index of tensors is made of. Any other pickle could run code.
+
+    An index of other things is refused too: torch would unpickle them.
+    """
+    MODULES = {
+        "torch.distributed.checkpoint.metadata": (
+            "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+            "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "torch": ("Size", "float32", "uint8"),
+        "pathlib": ("PosixPath",),
+        "pathlib._local": ("PosixPath",),
+    }
+
+    def find_class(self, module, name):
+        if name in self.MODULES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint's index")
 
 
 def whole_weights(thinker: Thinker) -> Iterator[tuple[str, Tensor]]:
@@ -160,12 +297,13 @@ def save(
     path: str,
     run: dict,
     rank: int,
-    world: int,
     optimizer: torch.optim.Optimizer | None = None,
+    log: Log | None = None,
 ) -> None:
     """Writes the policy's directory in the reference's dtype; with an optimizer also what continues the run.
 
-    Where anything cannot be written, all processes exit with code 1 and nothing of it stays.
+    log: rank 0's, which becomes part of the checkpoint. Where anything cannot be written, all processes exit
+    with code 1 and nothing of it stays.
     """
     partial = f"{path}.partial"
     weights = {}
@@ -176,7 +314,7 @@ def save(
     problem = None
     try:
         if rank == 0:
-            write_policy(systems, partial, weights, run, log=optimizer is not None)
+            write_policy(systems, partial, weights, run, log)
     except (OSError, SafetensorError) as error:
         problem = error
     if optimizer is not None:
@@ -186,21 +324,52 @@ def save(
         # Raised on every process, whichever has the problem.
         except dcp.api.CheckpointException as error:
             problem = problem or next(iter(error.failures.values()))[0]
-    exit_together(path, problem, rank, world)
-    if rank == 0:
-        # policy/ may be there already, from a run of fewer steps.
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(partial, path)
-    dist.barrier()
+    exit_together(path, problem, rank)
+    complete(path, rank)
 
 
-def write_policy(systems, partial: str, weights: dict, run: dict, log: bool) -> None:
-    """Writes all of a checkpoint but its state. log: whether metrics.jsonl is part of it."""
+def complete(path: str, rank: int) -> None:
+    """Adds the checksums to a checkpoint that is written, and gives it its name."""
+    partial = f"{path}.partial"
+    problem = None
+    sums = {}
+    try:
+        sums = own_checksums(partial, rank)
+    except OSError as error:
+        problem = error
+    exit_together(path, problem, rank)
+    everywhere = gather(sums)
+    try:
+        if rank == 0:
+            merged = {}
+            for sums in everywhere:
+                merged |= sums
+            write_safely(Path(partial, "checksums.json"), json.dumps(merged, indent=1))
+            # policy/ may be there already, from a run of fewer steps.
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(partial, path)
+    except OSError as error:
+        problem = error
+    exit_together(path, problem, rank)
+
+
+def write_safely(file: Path, text: str) -> None:
+    """Writes a file that is on the disk afterwards, even after a power cut."""
+    with open(file, "w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def write_policy(systems, partial: str, weights: dict, run: dict, log: Log | None) -> None:
+    """Writes all of a checkpoint but its state and checksums."""
     systems.policy.save_pretrained(partial, weights)
     systems.processor.save(partial)
     Path(partial, "run.json").write_text(json.dumps(run, indent=1))
     if log:
-        shutil.copy(os.path.join(os.path.dirname(partial), "metrics.jsonl"), partial)
+        # No checkpoint without all lines up to its step.
+        log.flush()
+        shutil.copy(log.path, partial)
     # Otherwise, after a power cut, files could be there without content.
     for file in Path(partial).iterdir():
         if file.is_file():
@@ -208,11 +377,9 @@ def write_policy(systems, partial: str, weights: dict, run: dict, log: bool) -> 
                 os.fsync(written.fileno())
 
 
-def exit_together(path: str, problem: Exception | None, rank: int, world: int) -> None:
+def exit_together(path: str, problem: Exception | None, rank: int) -> None:
     """Waits for all processes. If one has a problem, rank 0 prints it, and all exit with code 1."""
-    problems = [None] * world
-    dist.all_gather_object(problems, problem and one_line(problem))
-    problems = [line for line in problems if line]
+    problems = [line for line in gather(problem and one_line(problem)) if line]
     if not problems:
         return
     if rank == 0:
@@ -221,6 +388,8 @@ def exit_together(path: str, problem: Exception | None, rank: int, world: int) -
         free = shutil.disk_usage(os.path.dirname(path)).free / 1e9
         tqdm.write(f"error: cannot save {path}, where {free:.2f} GB are free: {problems[0]}; earlier "
                    f"checkpoints stay, and the same command continues from the newest", file=sys.stderr)
+    # The others would take rank 0 for hanging, and rank 0 them for dead.
+    dist.barrier()
     sys.exit(1)
 
 
@@ -230,11 +399,13 @@ def remove_old(out: str, keep: int) -> None:
     best = None
     highest = None
     for checkpoint in checkpoints:
-        score = read_json(checkpoint / "run.json")["validation"]
-        if score is not None and (highest is None or score > highest):
-            best = checkpoint
-            highest = score
+        with warned(f"reading {checkpoint}/run.json"):
+            score = read_json(checkpoint / "run.json")["validation"]
+            if score is not None and (highest is None or score > highest):
+                best = checkpoint
+                highest = score
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best:
-            # Renamed first, so that its name never stands for half a checkpoint.
-            shutil.rmtree(checkpoint.rename(f"{checkpoint}.partial"))
+            with warned(f"removing {checkpoint}"):
+                # Renamed first, so that its name never stands for half a checkpoint.
+                shutil.rmtree(checkpoint.rename(f"{checkpoint}.partial"))

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from multiprocessing import active_children
+from multiprocessing import active_children, parent_process
 from multiprocessing.connection import wait
 
 import numpy as np
@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks import dataset_root, open_split, trained_on
+from benchmarks import dataset_root, find_benchmark, open_split, trained_entries
 from benchmarks.samples import Benchmark, Sample, load
 from data import Clip, Frames, Processor, prompt_inputs
 from trust.errors import BadInput, one_line
 from trust.options import MOST_FRAMES
+from trust.program import end_with_parent
 
 # Samples with more objects are left out: without some of them a right answer would count as wrong.
 MOST_OBJECTS = 3
@@ -53,13 +54,10 @@ def training_sources(
     frames  (least, most) frames of a clip, whose number is drawn each time
     Raises BadInput or FileNotFoundError naming what is unknown, missing or malformed.
     """
-    try:
-        benchmarks = [trained_on(name) for name in names.split(",")]
-    except BadInput as error:
-        raise BadInput(f"--data {names}: {error}") from None
     sources = []
     dropped = []
-    for benchmark in benchmarks:
+    for entry in trained_entries(names):
+        benchmark = find_benchmark(entry.name)
         root = dataset_root(benchmark, data_root, roots)
         samples, left_out = training_samples(benchmark, root, seed)
         if not samples:
@@ -79,7 +77,7 @@ def training_samples(benchmark: Benchmark, root: str, seed: int) -> tuple[list[S
     dropped = []
     for sample in open_split(benchmark, "train", root):
         fault = sample.fault
-        if sample.objects > MOST_OBJECTS:
+        if sample.objects > MOST_OBJECTS and not fault:
             fault = f"{sample.objects} objects, more than {MOST_OBJECTS}"
         if fault:
             dropped.append(f"{sample.name}: {fault}")
@@ -213,16 +211,19 @@ def sample_loader(
     """Loads this process's items in order, from step `start` on. Its workers are about a step ahead."""
     size = settings.batch * settings.accumulate
     places = range(start * size + rank, settings.steps * size, world)
-    # Items that each worker prepares ahead.
     ahead = None
+    context = None
     if settings.workers:
+        # Items that each worker prepares ahead.
         ahead = max(2, -(-size // world // settings.workers))
+        # Python 3.14 would start workers in another way, with a copy of all samples in each.
+        context = "fork"
     # A tokenizer that has used threads warns when its process forks.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.collect()
     return DataLoader(TrainingItems(sources, processor, settings), sampler=places, batch_size=None,
                       collate_fn=lambda item: item, num_workers=settings.workers, prefetch_factor=ahead,
-                      worker_init_fn=begin_worker)
+                      worker_init_fn=begin_worker, multiprocessing_context=context)
 
 
 def begin_worker(_) -> None:
@@ -230,8 +231,12 @@ def begin_worker(_) -> None:
     # The parent's objects are never freed here: to free some of them waits for threads that a fork lacks.
     gc.freeze()
     torch.set_num_threads(1)
-    # torchrun's SIGTERM goes to a whole process group, but the running step still needs clips.
+    end_with_parent(parent_process().pid)
+    # torchrun's SIGTERM and Ctrl-C go to a whole process group, but the running step still needs clips.
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Its signals are not the parent's.
+    signal.set_wakeup_fd(-1)
     # The loader takes exit code 0 as no failure.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 

@@ -14,7 +14,9 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
@@ -22,11 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from tqdm import tqdm
 
 from grpo import Group, Systems, equal_rewards
 from run.plan import GPU_LIMITS, pass_operations, token_bytes
-from run.processes import sums_over_processes
+from run.processes import gather, sums_over_processes
+from run.settings import changed_settings
+from trust.errors import BadInput, one_line
 
 
 # ---- phases ----------------------------------------------------------------------------------------
@@ -38,7 +42,7 @@ class Watch:
     running: bool = False
     seconds: dict = field(default_factory=dict)               # {phase: seconds} of this step
     last: float = field(default_factory=time.perf_counter)    # when a phase began or ended
-    stop_requested: bool = False                              # by SIGTERM
+    stop_requested: bool = False                              # by SIGTERM or Ctrl-C
 
     def begin(self, phase: str) -> None:
         """Ends the phase that is running and begins another."""
@@ -127,9 +131,7 @@ def term_names(groups: list[Group]) -> list[str]:
     for group in groups:
         for terms in group.terms:
             names |= terms
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, list(names))
-    return list(dict.fromkeys(chain(*everywhere)))
+    return list(dict.fromkeys(chain(*gather(list(names)))))
 
 
 def throughput(groups: list[Group], seconds: dict, systems: Systems, settings, device: torch.device) -> dict:
@@ -180,12 +182,10 @@ def peak_memory(device: torch.device) -> float:
 # ---- the files -------------------------------------------------------------------------------------
 def identity(settings, world: int) -> dict:
     """What a run is: its settings and what it runs on."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return dict(
         settings=dataclasses.asdict(settings),
         processes=world,
-        revision=git.stdout.strip(),
+        revision=revision(),
         torch=torch.__version__,
         transformers=version("transformers"),
         sam2=version("sam2"),
@@ -193,43 +193,130 @@ def identity(settings, world: int) -> dict:
     )
 
 
-def start_log(out: str, settings, run: dict, dropped: list[str], checkpoint: Path | None):
-    """Prints and saves what the run is and what is left out of the data. Returns metrics.jsonl, open.
+def revision() -> str:
+    """Git's name of the code's state; "" where git is missing, or this is no repository of it."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+@contextmanager
+def warned(what: str):
+    """Turns an error inside into a line. For what is only to be looked at: it does not end a run."""
+    try:
+        yield
+    except Exception as error:
+        tqdm.write(f"warning: {what} failed, and the run goes on ({one_line(error)})", file=sys.stderr)
+
+
+class Patient:
+    """A stream that loses what cannot be written, such as on a full disk or into a closed pipe."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+
+@contextmanager
+def patient_output():
+    """Inside, no print ends a run."""
+    with redirect_stdout(Patient(sys.stdout)), redirect_stderr(Patient(sys.stderr)):
+        yield
+
+
+class Log:
+    """metrics.jsonl, open. What cannot be written now, such as on a full disk, waits for the next line."""
+
+    def __init__(self, path: str, mode: str):
+        self.path = path
+        # Unbuffered, so that what is waiting is known to the byte.
+        self.file = open(path, mode, buffering=0)
+        self.waiting = b""
+
+    def write(self, row: dict) -> None:
+        """Adds a line. One that has to wait is no error yet."""
+        self.waiting += json.dumps(row).encode() + b"\n"
+        with warned(f"writing {self.path} (its lines are kept until it works)"):
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes all that waits. Raises OSError where that cannot be."""
+        while self.waiting:
+            written = self.file.write(self.waiting)
+            self.waiting = self.waiting[written:]
+
+
+def start_log(out: str, settings, run: dict, dropped: list[str], checkpoint: Path | None) -> Log:
+    """Prints and saves what the run is and what is left out of the data.
 
     The log goes on from the checkpoint's copy, so that no step is missing and none is there twice. A run that
-    is overwritten loses its checkpoints.
+    is overwritten loses its checkpoints. Raises BadInput where the log cannot be written.
     """
     os.makedirs(out, exist_ok=True)
     # Checkpoints that were cut off while they were written or removed.
     useless = list(Path(out).glob("*.partial"))
     if settings.overwrite:
-        useless += [*Path(out).glob("policy"), *Path(out).glob("step-*")]
+        useless += [*Path(out).glob("policy"), *Path(out).glob("policy.damaged"), *Path(out).glob("step-*")]
     for folder in useless:
         shutil.rmtree(folder)
-    with open(os.path.join(out, "settings.json"), "w") as file:
-        json.dump(run, file, indent=1)
-    for name, value in run["settings"].items():
-        print(f"{name}: {value}")
+    with warned(f"writing {out}/settings.json"):
+        Path(out, "settings.json").write_text(json.dumps(run, indent=1))
+    print(f"settings: {changed_settings(settings)} (all: {out}/settings.json)")
     if dropped:
-        with open(os.path.join(out, "left_out.txt"), "w") as file:
-            file.writelines(f"{line}\n" for line in dropped)
         print(f"{len(dropped)} samples are left out of the training data, the first: {dropped[0]} "
               f"(all: {out}/left_out.txt)")
+        with warned(f"writing {out}/left_out.txt"):
+            Path(out, "left_out.txt").write_text("".join(f"{line}\n" for line in dropped))
     log = os.path.join(out, "metrics.jsonl")
     if checkpoint is None:
-        return open(log, "w")
-    shutil.copy(checkpoint / "metrics.jsonl", f"{log}.new")
-    os.replace(f"{log}.new", log)
-    return open(log, "a")
+        return Log(log, "wb")
+    try:
+        shutil.copy(checkpoint / "metrics.jsonl", f"{log}.new")
+        os.replace(f"{log}.new", log)
+    except OSError as error:
+        # An error of a full disk names no file.
+        raise BadInput(f"cannot write {log} ({one_line(error)})") from None
+    return Log(log, "ab")
 
 
+# ---- curves ----------------------------------------------------------------------------------------
 def plot(out: str) -> None:
-    """Writes curves.png: rewards, KL, entropy and tokens over the steps, with their running means."""
+    """Writes curves.png: rewards, KL, entropy and tokens over the steps. An error is a warning."""
+    with warned(f"drawing {out}/curves.png"):
+        draw_curves(read_rows(os.path.join(out, "metrics.jsonl")), os.path.join(out, "curves.png"))
+
+
+def read_rows(log: str) -> list[dict]:
+    """The lines of a log. Damaged ones are left out."""
+    rows = []
+    with open(log, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and "step" in row:
+                    rows.append(row)
+    return rows
+
+
+def draw_curves(rows: list[dict], path: str) -> None:
+    """Draws some columns with their running means."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    with open(os.path.join(out, "metrics.jsonl")) as file:
-        rows = [json.loads(line) for line in file]
     figure, axes = pyplot.subplots(2, 4, figsize=(14, 6), constrained_layout=True)
     names = ("reward", "consistency", "base", "alignment", "number", "kl", "entropy", "tokens")
     for axis, name in zip(axes.flat, names):
@@ -242,5 +329,7 @@ def plot(out: str) -> None:
             axis.plot(steps[window - 1:], np.convolve(values, np.ones(window) / window, "valid"))
         axis.set_title(name)
         axis.set_xlabel("step")
-    figure.savefig(os.path.join(out, "curves.png"), dpi=80)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=80)
+    finally:
+        pyplot.close(figure)

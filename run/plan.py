@@ -12,7 +12,7 @@ import torch
 
 from data import KEYFRAMES
 from model import HEAD_TOKENS, Thinker, add_adapters, read_config
-from segment import reference_folder
+from trust.options import reference_folder
 from trust.sam2_config import build_sam2, find_config
 
 # ---- GPUs ------------------------------------------------------------------------------------------

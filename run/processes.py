@@ -1,13 +1,8 @@
-"""Processes that train together: start, sharded weights, weights in host memory, and a guard against hanging.
-"""
+"""Processes that train together: start, sharded weights, weights in host memory."""
 import os
-import sys
-import threading
-import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -50,6 +45,13 @@ def sums_over_processes(values: dict, device: torch.device) -> dict[str, float]:
     numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
     dist.all_reduce(numbers)
     return dict(zip(values, numbers.tolist()))
+
+
+def gather(value) -> list:
+    """The values that all processes give, by rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 # ---- where weights rest ----------------------------------------------------------------------------
@@ -116,49 +118,3 @@ def rest_on_host(thinker: Thinker, device: torch.device) -> Callable:
 
     rest()
     return awake
-
-
-# ---- hanging ---------------------------------------------------------------------------------------
-@contextmanager
-def guard(watch, out: str, minutes: float, rank: int, world: int):
-    """Ends this process with one line when a phase of the `watch` lasts longer than `minutes`.
-
-    If one process hangs, all others wait silently. Each writes its phase to OUT/phases/RANK, so that the
-    first one to end, often the one that hangs, can say where the others are.
-    """
-    over = threading.Event()
-    folder = Path(out, "phases")
-
-    def look():
-        while not over.wait(min(10.0, 6 * minutes)):
-            phase = f"{watch.phase} of step {watch.step}"
-            # A full disk is no reason to stop here.
-            with suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                # Under another name first: others may read at this moment.
-                new = folder / f"{rank}.new"
-                new.write_text(phase)
-                new.replace(folder / str(rank))
-            if time.perf_counter() - watch.last > 60 * minutes:
-                others = phases_of_others(folder, rank, world)
-                print(f"error: rank {rank} (of {world}) has been in {phase} for {minutes:g} minutes; "
-                      f"the others: {others}", file=sys.stderr, flush=True)
-                # No exception would reach the main thread while it waits in a collective.
-                os._exit(1)
-
-    threading.Thread(target=look, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
-def phases_of_others(folder: Path, rank: int, world: int) -> str:
-    """What the other processes last wrote of their phases."""
-    phases = []
-    for other in range(world):
-        # A process may have written nothing yet.
-        with suppress(OSError):
-            if other != rank:
-                phases.append(f"rank {other} {(folder / str(other)).read_text()}")
-    return ", ".join(phases) or "none"

@@ -8,12 +8,16 @@ import importlib
 import io
 import itertools
 import json
+import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +28,12 @@ from scipy.io import wavfile
 
 import benchmarks
 import eval as evaluation
-from benchmarks import BENCHMARKS, check, find_benchmark, open_split, refcocog_2k_840
+from benchmarks import BENCHMARKS, Entry, check, find_benchmark, find_entry, open_split, refcocog_2k_840
 from benchmarks.mini import stills, write_mini
-from benchmarks.predictions import write_prediction
-from benchmarks.samples import load, polygon_mask, rle_mask
+from benchmarks.predictions import unpredicted, write_prediction, zip_predictions
+from benchmarks.reasonseg import lisa_mask
+from benchmarks.refcoco import coco_mask
+from benchmarks.samples import load, near_corners, polygon_mask, rle_mask
 from benchmarks.toy import CANVAS, TOY_SPLITS, toy_clip, toy_queries
 from benchmarks.video_r1 import video_file
 from data import SAMPLE_RATE
@@ -114,7 +120,7 @@ def test_unknown_names_and_splits():
 def test_every_benchmark_has_a_name_of_its_own():
     assert len(set(NAMES)) == len(NAMES)
     for benchmark in BENCHMARKS:
-        assert find_benchmark(benchmark.name) is benchmark
+        assert find_benchmark(benchmark.name).name == benchmark.name
         for split in filter(None, benchmark.tested.split(",")):
             assert split in benchmark.splits
 
@@ -136,12 +142,10 @@ def run_check(name, split, root, capsys):
 
 def shortened(monkeypatch, name):
     """Of a benchmark that makes its samples, only 10 are usually evaluated."""
-    entries = []
-    for benchmark in BENCHMARKS:
-        if benchmark.name == name and benchmark.usual:
-            benchmark = replace(benchmark, usual=10)
-        entries.append(benchmark)
-    monkeypatch.setattr(benchmarks, "BENCHMARKS", tuple(entries))
+    if find_benchmark(name).usual:
+        file, _, record = find_entry(name).record.partition(".")
+        module = importlib.import_module(f"benchmarks.{file}")
+        monkeypatch.setattr(module, record, replace(getattr(module, record), usual=10))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -190,10 +194,9 @@ def assert_malformed(name, split, root, file, message, capsys):
 def test_check_of_a_dataset_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         check.main(["check", "--bench", "revos", "--data_root", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 1
-    assert len(lines) == 2
-    assert all("mask_dict.json" in line for line in lines)
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert str(tmp_path / "revos") in line
 
 
 def test_data_py_hands_over_to_check(minis):
@@ -225,20 +228,21 @@ def test_show_writes_a_sheet_and_the_prompt(name, index, minis, tmp_path):
     assert sample.query in prompt
     assert sheet.shape[1] % 240 == 0
     if sample.task == "vos":
-        assert_target_is_red(sheet, load(sample).sampled()[0])
+        assert_target_is_outlined(sheet, load(sample).sampled()[0])
 
 
-def assert_target_is_red(sheet, clip):
-    """sheet: [H, W, 3] of cells of 240 x 240 pixels, six in a row. Some pixels of each are looked at."""
-    target = clip.masks.any(0)[:, ::16, ::16]
-    reds = []
-    for t in range(len(clip.frames)):
-        top = 240 * (t // 6)
-        left = 240 * (t % 6)
-        cell = sheet[top:top + 240:30, left:left + 240:30]
-        if target[t].any():
-            reds.append(cell[target[t]][:, 0].mean())
-    assert np.mean(reds) > 127
+def assert_target_is_outlined(sheet, clip):
+    """sheet: [H, W, 3], at most six frames in a row. Where the target is in sight there is a white line."""
+    H, W = clip.size
+    side = sheet.shape[1] // min(len(clip.frames), 6)
+    height = round(side * H / W)
+    seen = clip.masks.any((0, 2, 3))
+    assert seen.any()
+    for t in np.flatnonzero(seen):
+        top = height * (t // 6)
+        left = side * (t % 6)
+        cell = sheet[top:top + height, left:left + side]
+        assert (cell == 255).all(-1).any()
 
 
 def test_show_of_a_sample_that_is_not_there(minis, capsys):
@@ -294,6 +298,16 @@ def drop(*keys):
         del record[keys[-1]]
 
     return lambda path: edit(path, change)
+
+
+def rename(*keys, old, new):
+    """A change of a JSON value: the key `old` below these keys becomes `new`."""
+    def change(record):
+        for key in keys:
+            record = record[key]
+        record[new] = record.pop(old)
+
+    return change
 
 
 def cut(length):
@@ -463,8 +477,6 @@ REVOS_MALFORMED = [
     (META, write(b"[]"), "a dict expected"),
     (META, write(b'{"videos": []}'), "'videos' is a list in"),
     (META, drop("videos", FIRST, "frames"), f"no 'frames' in .*: {FIRST}"),
-    (META, drop("videos", FIRST, "expressions", "2", "exp"), f"no 'exp' in .*: {FIRST}/2"),
-    (META, put_at("videos", FIRST, "expressions", "2", "type_id", value=7), f"type_id 7 .*: {FIRST}/2"),
 ]
 
 
@@ -510,15 +522,17 @@ FRAME_FEWER = drop("videos", FIRST, "frames", -1)
 RESIZED = "mask of 4 x 4, frame of 128 x 128: annotation .*, frame img_.*is resized"
 REVOS_FAULTS = [
     (FRAME, delete, f"{FIRST}/0: cannot read image: .*{FRAME}"),
-    (FRAME, folder_for_file, f"{FIRST}/0: cannot read image: .*{FRAME}.*directory"),
+    (FRAME, folder_for_file, f"{FIRST}/0: cannot read image: .*{FRAME} is a folder"),
     (FRAME, cut(900), f"cannot read .*{FRAME}"),
     (FRAME, save("RGB", (64, 64)), "frames of several sizes: .*img_0000003.jpg"),
-    (META, NO_FRAMES, f"{FIRST}/0: no frames"),
+    (META, NO_FRAMES, f"{FIRST}/0: .* masks of annotation .* for 0 frames: .*mask_dict.json"),
+    (META, drop("videos", FIRST, "expressions", "2", "exp"), f"{FIRST}/2: no 'exp' in .*: {FIRST}/2"),
+    (META, put_at("videos", FIRST, "expressions", "2", "type_id", value=7), f"{FIRST}/2: type_id 7 .*"),
     (META, FRAME_FEWER, f"{FIRST}/0: .* masks of annotation .* frames: .*mask_dict.json"),
     (META, NO_OBJECT, f"{FIRST}/0: names no object: .*valid_.json"),
     (META, UNKNOWN_OBJECT, f"{FIRST}/0: no '77' in .*mask_dict.json"),
     ("mask_dict.json", mask_at(small_mask), f"{FIRST}/0: {RESIZED}"),
-    ("mask_dict.json", mask_at(small_size), f"{FIRST}/0: runs of 16384 .*4, 4"),
+    ("mask_dict.json", mask_at(small_size), f"{FIRST}/0: counts that do not fill .*4, 4"),
 ]
 
 
@@ -544,7 +558,7 @@ def frame_more(path):
 
 WRONG_LENGTHS = [
     (frame_more, "masks of annotation .* frames: .*mask_dict.json"),
-    (NO_FRAMES, "no frames"),
+    (NO_FRAMES, "masks of annotation .* for 0 frames: .*mask_dict.json"),
 ]
 
 
@@ -666,10 +680,9 @@ def open_quote(path):
 HEAD = b"vid,uid,split,fid,exp\n"
 REFAVS_MALFORMED = [
     (swap("fid", "object"), "no column 'fid'"),
-    (write(HEAD + b"a,a_b_1,val,0\n"), "row 0 does not fit"),
-    (write(HEAD + b"a\n"), "row 0 does not fit"),
-    (write(HEAD + b"a,a_b_1,val,0,a dog,barking\n"), "row 0 does not fit"),
-    (write(HEAD + b"a,a_b,val,0,a dog"), "uid of row 0"),
+    (swap("fid,exp", "exp,exp"), "no column 'fid'"),
+    (swap("vid,", "exp,"), "2 column 'exp'"),
+    (write(HEAD + b"a\n"), "row 0 has no split"),
     (spoil_byte(3), "UnicodeDecodeError"),
     (spoil_byte(-3), "UnicodeDecodeError"),
     (open_quote, "field larger"),
@@ -689,16 +702,31 @@ def silence(seconds):
     return lambda path: wavfile.write(path, SAMPLE_RATE, samples)
 
 
+REFAVS_ROWS = [
+    (b"a,a_b_1,val,0\n", "row 0 of .*csv does not fit"),
+    (b"a,a_b_1,val,0,a dog,barking\n", "row 0 of .*csv does not fit"),
+    (b"a,a_b,val,0,a dog\n", "uid of row 0"),
+    (b'a,a_b_1,val,0,"a dog\nb,b_c_1,val,0,a ""cat""\n', "row 0 of .*csv has several lines"),
+]
+
+
+@pytest.mark.parametrize("row, message", REFAVS_ROWS)
+def test_an_odd_row_of_refavs_is_named(row, message, copy, capsys):
+    root = copy("refavs")
+    write(HEAD + row)(root / "metadata.csv")
+    assert_fault("refavs", "val", root, message, capsys)
+
+
 # The first video of `val`.
 WAV = "media/toy-1-0_0_10000/audio.wav"
-LABELS = "gt_mask/toy-1-0_0_10000/fid_0"
+LABELS = "gt_mask/toy-1-0_0_10000/fid_1"
 REFAVS_FAULTS = [
     (WAV, delete, "cannot read sound: .*audio.wav"),
     (WAV, silence(3), "sound of 3.0 s, video of 10.0 s: .*audio.wav"),
-    (f"{LABELS}/00004.png", delete, "cannot read mask: .*fid_0/00004.png"),
-    (f"{LABELS}/00004.png", cut(60), "cannot read mask: .*fid_0/00004.png"),
-    (f"{LABELS}/00004.png", save("L", (8, 8)), "mask of shape .8, 8., .*fid_0/00004.png"),
-    (LABELS, shutil.rmtree, "no such folder of masks: .*fid_0"),
+    (f"{LABELS}/00004.png", delete, "cannot read mask: .*fid_1/00004.png"),
+    (f"{LABELS}/00004.png", cut(60), "cannot read mask: .*fid_1/00004.png"),
+    (f"{LABELS}/00004.png", save("L", (8, 8)), "mask of shape .8, 8., .*fid_1/00004.png"),
+    (LABELS, shutil.rmtree, "no such folder of masks: .*fid_1"),
 ]
 
 
@@ -810,9 +838,7 @@ REFCOCO_MALFORMED = [
     (REFS, cut(99), "cannot use"),
     (REFS, write_pickle(5), "a list expected"),
     (REFS, write_pickle([5]), "no 'split' in"),
-    (REFS, write_pickle([LISTED | dict(ann_id=[1])]), "'ann_id' is a list"),
-    (REFS, write_pickle([LISTED | dict(image_id=[1])]), "'image_id' is a list"),
-    (INSTANCES, put_at("annotations", value=[]), "no [0-9]+ in"),
+    (INSTANCES, put_at("annotations", value=[dict(id=1), dict(id=1, area=2)]), "the id 1 comes twice"),
 ]
 
 
@@ -832,10 +858,22 @@ def put_polygons(root, polygons):
     path.write_text(json.dumps(value))
 
 
-def test_check_names_a_fault_of_refcoco(copy, capsys):
+REFCOCO_FAULTS = [
+    (REFS, write_pickle([LISTED]), "no 'sentences' in reference 0 of .*unc"),
+    (REFS, write_pickle([LISTED | dict(sentences=[])]), "no 'image_id' in reference 0"),
+    (REFS, write_pickle([LISTED | dict(sentences=[5], image_id=1)]), "no 'sent_id' in reference 0"),
+    (REFS, write_pickle([LISTED | dict(sentences=[5], ann_id=[1])]), "'ann_id' is a list in reference 0"),
+    (REFS, write_pickle([LISTED | dict(sentences=[5], image_id=[1])]), "'image_id' is a list in reference 0"),
+    (INSTANCES, put_at("annotations", value=[]), "no [0-9]+ in the annotations"),
+    (INSTANCES, put_at("images", value=[5, dict(id=[2])]), "no [0-9]+ in the images"),
+]
+
+
+@pytest.mark.parametrize("file, damage, message", REFCOCO_FAULTS)
+def test_check_names_a_fault_of_refcoco(file, damage, message, copy, capsys):
     root = copy("refcoco")
-    put_polygons(root, [["a"] * 6])
-    assert_fault("refcoco", "val", root, "cannot use .*instances.json .reference", capsys)
+    damage(root / file)
+    assert_fault("refcoco", "val", root, message, capsys)
 
 
 def test_coco_polygons_that_overlap_stay_true(copy):
@@ -872,23 +910,12 @@ def test_only_training_asks_each_phrasing(minis):
         assert accents == (split == "train")
 
 
-REASONSEG_MALFORMED = [
-    (write(b'{"text": ["a"]'), "JSONDecodeError"),
-    (drop("shapes"), "no 'shapes' in"),
-    (put_at("text", value=[]), "'text' is no list of"),
-    (put_at("text", value=[None]), "'text' is no list of"),
-]
-
-
-@pytest.mark.parametrize("damage, message", REASONSEG_MALFORMED)
-def test_a_malformed_file_of_reasonseg_is_named(damage, message, copy, capsys):
-    root = copy("reasonseg")
-    damage(root / "val/0.json")
-    assert_malformed("reasonseg", "val", root, "val/0.json", message, capsys)
-
-
 REASONSEG_FAULTS = [
     ("val/0.jpg", write(b""), "0/0: cannot read image: .*val/0.jpg"),
+    ("val/0.json", write(b'{"text": ["a"]'), "0/0: .*JSONDecodeError"),
+    ("val/0.json", drop("shapes"), "0/0: no 'shapes' in .*val/0.json"),
+    ("val/0.json", put_at("text", value=[]), "0/0: the query is empty"),
+    ("val/0.json", put_at("text", value=[None]), "0/0: the query is a NoneType"),
 ]
 for points in ([[1, 2], 3], [[1, 2], [3, None]], []):
     fault = put_at("shapes", 0, "points", value=points)
@@ -960,10 +987,27 @@ def read_changed(parquet, column, values):
 
 @pytest.mark.parametrize("column", ["id", "problem", "solution"])
 @pytest.mark.parametrize("values", [[3, 4, 5], [None, "a", "b"]])
-def test_a_column_of_another_type_is_named(column, values, parquet):
-    message = f"'{column}' is a .* in row 0: {parquet[1]}"
-    with pytest.raises(BadInput, match=message):
-        read_changed(parquet, column, values)
+def test_a_cell_of_another_type_is_named(column, values, parquet):
+    sample, *_ = read_changed(parquet, column, values)
+    with pytest.raises(BadInput, match=f"'{column}' is a .* in row 0: {parquet[1]}"):
+        load(sample)
+
+
+SOLUTIONS = [
+    "<box>(1,2),(3,4)</box>",
+    f"<box>(1,2),(3,{10 ** 400})</box><points>(1,2),(3,4)</points>",
+    "<box>(1,2),(3,841)</box><points>(1,2),(3,4)</points>",
+    "<box>(9,2),(3,4)</box><points>(1,2),(3,4)</points>",
+]
+
+
+@pytest.mark.parametrize("solution", SOLUTIONS)
+def test_a_solution_beside_its_picture_is_named(solution, parquet):
+    good = "<box>(1,2),(3,4)</box><points>(1,2),(3,4)</points>"
+    samples = read_changed(parquet, "solution", [good, solution, good])
+    faults = [bool(sample.fault) for sample in samples]
+    assert faults == [False, True, False]
+    assert f"in the solution of row 1: {parquet[1]}" in samples[1].fault
 
 
 NO_PICTURES = [
@@ -1004,11 +1048,36 @@ def test_refdavis_annotators_and_void(minis):
     assert np.array_equal(labels == 2, sample.read_masks()[0])
 
 
-def test_a_malformed_file_of_refdavis_is_named(copy, capsys):
+DAVIS = "meta_expressions/valid/meta_expressions.json"
+NO_NUMBERS = [
+    ("obj_id", "one", "is no number in .*toy-3/0"),
+    ("obj_id", "\u00b2", "is no number in .*toy-3/0"),
+    ("obj_id", "9" * 5000, "is no number in .*toy-3/0"),
+    ("obj_id", [1], "'obj_id' is a list"),
+    ("obj_id", "0", "obj_id 0 is no number of an object"),
+    ("obj_id", 300, "obj_id 300 is no number of an object"),
+    ("obj_id", "9", "the masks of 9 are empty on all frames"),
+]
+
+
+@pytest.mark.parametrize("key, value, message", NO_NUMBERS)
+def test_an_odd_number_of_refdavis_is_named(key, value, message, copy, capsys):
     root = copy("refdavis")
-    file = "meta_expressions/valid/meta_expressions.json"
-    swap('"obj_id": "1"', '"obj_id": "one"')(root / file)
-    assert_malformed("refdavis", "valid", root, file, "obj_id is no number in .*toy-3/0", capsys)
+    put_at("videos", "toy-3", "expressions", "0", key, value=value)(root / DAVIS)
+    assert_fault("refdavis", "valid", root, message, capsys)
+
+
+def test_an_odd_id_of_refdavis_leaves_the_others_their_scores(copy, tmp_path):
+    root = copy("refdavis")
+    edit(root / DAVIS, rename("videos", "toy-3", "expressions", old="0", new="\u00b2"))
+    samples = read("refdavis", "valid", root)
+    for sample in samples:
+        if not sample.fault:
+            write_prediction(tmp_path, sample, sample.read_masks()[0])
+    results = score_predictions(find_benchmark("refdavis"), samples, tmp_path)
+    assert len(results["broken"]) == 1
+    assert "toy-3/\u00b2: " in results["broken"][0]
+    assert results["summary"]["annotator 1 J"] == 100
 
 
 def test_check_names_a_fault_of_refdavis(copy, capsys):
@@ -1054,10 +1123,37 @@ def test_questions(minis):
     assert picture.sound is None
 
 
-def test_a_malformed_file_of_video_r1_is_named(copy, capsys):
+NO_QUESTIONS = [
+    (drop(3, "path"), "no 'path' in"),
+    (put_at(3, value=5), "no 'problem' in"),
+    (put_at(3, "path", value="../../etc/passwd"), "'../../etc/passwd' leads out of its folder"),
+    (put_at(3, "path", value="/etc/passwd"), "'/etc/passwd' leads out of its folder"),
+    (put_at(3, "path", value=""), "'.' leads out of its folder"),
+    (put_at(3, "data_type", value="audio"), "data_type 'audio' is neither"),
+    (put_at(3, "problem_type", value="essay"), "problem_type 'essay' is unknown"),
+    (put_at(3, "problem_type", value=["OCR"]), "'problem_type' is a list"),
+    (put_at(3, "options", value="A. pink"), "'options' is a str"),
+    (put_at(3, "options", value=["A. pink", 5]), "an option in .* is a int"),
+    (put_at(3, "options", value=["A. pink", " "]), "an option in .* is empty"),
+    (put_at(3, "options", value=["A" * 5000] * 2), "the question with its options in .* has 10"),
+    (put_at(3, "solution", value=7), "the solution in .* is a int"),
+    (put_at(3, "solution", value=" "), "the solution in .* is empty"),
+    (put_at(3, "solution", value="<answer> </answer>"), "the answer in the solution in .* is empty"),
+    (put_at(3, "solution", value="<answer>B"), "the answer in the solution in .* is empty"),
+    (drop(3, "solution"), "no 'solution' in"),
+]
+
+
+@pytest.mark.parametrize("damage, message", NO_QUESTIONS)
+def test_an_odd_question_is_named_and_left_out(damage, message, copy, capsys):
     root = copy("video_r1")
-    drop(3, "path")(root / "Video-R1-260k.json")
-    assert_malformed("video_r1", "train", root, "Video-R1-260k.json", "no 'path' in .*: item 3", capsys)
+    damage(root / "Video-R1-260k.json")
+    assert_fault("video_r1", "train", root, message, capsys)
+    kept, dropped = draw.training_samples(find_benchmark("video_r1"), root, 0)
+    assert len(kept) == 9
+    assert len(dropped) == 1
+    assert re.search(message, dropped[0])
+    assert "Video-R1-260k.json: item 3" in dropped[0]
 
 
 def short_sound(path):
@@ -1079,6 +1175,400 @@ def test_check_names_a_fault_of_video_r1(damage, message, copy, capsys):
     assert_fault("video_r1", "train", root, message, capsys)
 
 
+# ---- faults that every benchmark knows -------------------------------------------------------------
+# Of each layout: a split, a JSON file, and the keys of the video's or the expression's record in it.
+R1 = "Video-R1-260k.json"
+MEVIS = "meta_expressions.json"
+VALID = "meta_expressions/valid/meta_expressions.json"
+EXPRESSIONS = [
+    ("revos", "valid", META, ("videos", FIRST, "expressions", "0"), "exp"),
+    ("mevis", "valid_u", f"valid_u/{MEVIS}", ("videos", "000000000000", "expressions", "0"), "exp"),
+    ("mevis", "valid", f"valid/{MEVIS}", ("videos", "000000000002", "expressions", "0"), "exp"),
+    ("refdavis", "valid", DAVIS, ("videos", "toy-3", "expressions", "0"), "exp"),
+    ("refytvos", "valid", VALID, ("videos", "0000000000", "expressions", "0"), "exp"),
+    ("reasonvos", "test", "meta_expressions.json", ("videos", "toy_0", "expressions", 0), "exp_text"),
+    ("reasonseg", "val", "val/0.json", ("text",), 0),
+    ("video_r1", "train", R1, (0,), "problem"),
+]
+each_layout = pytest.mark.parametrize("name, split, file, keys, words", EXPRESSIONS)
+NO_TEXTS = [
+    ("", "is empty"),
+    (" \n\u200b", "is empty"),
+    ("a" * 100_000, "has 1000[0-9]+ characters"),
+    (5, "is a int"),
+    (None, "is a NoneType"),
+    (["a"], "is a list"),
+]
+
+
+def assert_one_broken(name, split, root, message, capsys):
+    """One sample is broken: check names it, loading it says so, and no other one suffers."""
+    assert_fault(name, split, root, message, capsys)
+    samples = read(name, split, root)
+    broken = [sample for sample in samples if sample.broken]
+    assert len(broken) == 1
+    with pytest.raises(BadInput, match=message):
+        load(broken[0])
+    for sample in samples:
+        if sample is not broken[0]:
+            load(sample)
+
+
+@each_layout
+@pytest.mark.parametrize("text, message", NO_TEXTS)
+def test_a_query_that_nobody_can_read_breaks_one_sample(
+        name, split, file, keys, words, text, message, copy, capsys):
+    root = copy(name)
+    put_at(*keys, words, value=text)(root / file)
+    assert_one_broken(name, split, root, message, capsys)
+
+
+BAD_NAMES = ["..", "../../x", "/x", "a/../../b", "a\\b", "x\n", "x\0", "", "x" * 300, "x.partial"]
+
+
+@pytest.mark.parametrize("bad", BAD_NAMES)
+@pytest.mark.parametrize("name, split, file, keys, words", EXPRESSIONS[:5])
+def test_names_that_leave_their_folder_break_their_samples(
+        name, split, file, keys, words, bad, copy, tmp_path, capsys):
+    """Ids of expressions, of videos, names of frames."""
+    places = [
+        (keys[:3], keys[3]),
+        (keys[:1], keys[1]),
+    ]
+    for place, old in places:
+        root = copy(name)
+        count = len(read(name, split, root))
+        edit(root / file, rename(*place, old=old, new=bad))
+        assert_nothing_outside(name, split, root, count, tmp_path, capsys)
+        shutil.rmtree(root)
+    root = copy(name)
+    put_at(*keys[:2], "frames", 1, value=bad)(root / file)
+    assert_nothing_outside(name, split, root, count, tmp_path, capsys)
+
+
+def assert_nothing_outside(name, split, root, count, tmp_path, capsys):
+    """The samples of a bad name are broken, and nothing is written or packed for them."""
+    code, broken, _ = run_check(name, split, root, capsys)
+    samples = read(name, split, root)
+    bad = [sample for sample in samples if sample.broken]
+    assert code == 1
+    assert len(samples) == count
+    assert 0 < len(broken) == len(bad) < count
+    out = tmp_path / "deep/out"
+    for sample in bad:
+        assert sample.name.isprintable()
+        with pytest.raises(BadInput):
+            load(sample)
+    assert unpredicted(out, bad) == bad
+    (out / "Annotations").mkdir(parents=True)
+    path = zip_predictions(find_benchmark(name), bad, out, out)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == []
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("source", ["..", "../../x", "/x", "a/b"])
+def test_a_source_of_reasonvos_that_leaves_its_folder_is_named(source, copy, capsys):
+    root = copy("reasonvos")
+    put_at("videos", "toy_0", "source", value=source)(root / "meta_expressions.json")
+    # Within a longer name, dots lead nowhere.
+    message = "cannot read mask" if source == ".." else "leads out of its folder"
+    assert_fault("reasonvos", "test", root, message, capsys)
+
+
+@pytest.mark.parametrize("file_name", ["../../x.jpg", "/x.jpg", "a/b.jpg", "x\0.jpg"])
+def test_a_file_name_of_refcoco_that_leaves_its_folder_is_named(file_name, copy, capsys):
+    root = copy("refcoco")
+    put_at("images", 2, "file_name", value=file_name)(root / INSTANCES)
+    assert_fault("refcoco", "val", root, "leads out of its folder|do not have", capsys)
+    samples = read("refcoco", "val", root)
+    assert any(sample.broken for sample in samples)
+    assert not all(sample.broken for sample in samples)
+
+
+@pytest.mark.parametrize("uid", ["../../x_dog_1", "/x_dog_1", "a/b_dog_1"])
+@pytest.mark.parametrize("fid", ["0", "/../../0"])
+def test_a_uid_or_fid_of_refavs_that_leaves_its_folder_is_named(uid, fid, copy, capsys):
+    root = copy("refavs")
+    path = root / "metadata.csv"
+    uid = uid if fid == "0" else "v_dog_1"
+    path.write_text(path.read_text() + f"v,{uid},val,{fid},a dog\n")
+    assert_one_broken("refavs", "val", root, "leads out of its folder", capsys)
+
+
+# ---- places of predictions
+def same_id(root):
+    """Two expressions of ReasonVOS with one object and one id."""
+    def change(value):
+        entries = value["videos"]["toy_0"]["expressions"]
+        entries[1] = dict(entries[0])
+
+    edit(root / "meta_expressions.json", change)
+    return 2
+
+
+def same_folder(root):
+    """A video of ReVOS whose name is the folder of another one's prediction."""
+    def change(value):
+        value["videos"][FIRST + "/0"] = value["videos"][FIRST]
+
+    edit(root / META, change)
+    (root / "JPEGImages" / FIRST / "0").symlink_to(root / "JPEGImages" / FIRST)
+    return 1
+
+
+def same_sentence(root):
+    refs = pickle.loads((root / REFS).read_bytes())
+    ref = next(ref for ref in refs if ref["split"] == "val")
+    ref["sentences"][1]["sent_id"] = ref["sentences"][0]["sent_id"]
+    write_pickle(refs)(root / REFS)
+    return 2
+
+
+def same_frame(root):
+    def change(value):
+        video = value["videos"][FIRST]
+        video["frames"][1] = video["frames"][0]
+
+    edit(root / META, change)
+    return None
+
+
+SHARED = [
+    ("reasonvos", "test", same_id, "another expression of the video has the same id"),
+    ("revos", "valid", same_folder, "another video has the name of its prediction's folder"),
+    ("refcoco", "val", same_sentence, "another expression of the video has the same id"),
+    ("revos", "valid", same_frame, "two frames have the same name"),
+]
+
+
+@pytest.mark.parametrize("name, split, damage, message", SHARED)
+def test_samples_that_would_share_a_prediction_are_broken(name, split, damage, message, copy, capsys):
+    root = copy(name)
+    count = damage(root)
+    assert_fault(name, split, root, message, capsys)
+    samples = read(name, split, root)
+    broken = [sample for sample in samples if sample.broken]
+    assert len(broken) == (count or sum(sample.video == FIRST for sample in samples))
+    assert all(re.search(message, sample.broken) for sample in broken)
+
+
+# ---- masks
+def black(path):
+    size = Image.open(path).size
+    Image.new("L", size).save(path)
+
+
+def in_alpha(path):
+    """The mask stands in the alpha channel of a black picture."""
+    mask = Image.open(path).convert("L")
+    picture = Image.new("LA", mask.size)
+    picture.putalpha(mask)
+    picture.save(path)
+
+
+def black_palette(path):
+    mask = np.array(Image.open(path).convert("L")) > 0
+    picture = Image.fromarray(mask.astype(np.uint8))
+    picture.putpalette([0, 0, 0] * 256)
+    picture.save(path)
+
+
+def each(pattern, damage):
+    """A damage of all files of a pattern below the root."""
+    def change(root):
+        for path in root.glob(pattern):
+            damage(path)
+
+    return change
+
+
+def all_null(root):
+    def change(table):
+        for masks in table.values():
+            masks[:] = [None] * len(masks)
+
+    edit(root / "mask_dict.json", change)
+
+
+def no_target(root):
+    """No shape of a picture is the target."""
+    def change(record):
+        for shape in record["shapes"]:
+            shape["label"] = shape["label"].replace("target", "ignored")
+
+    edit(root / "val/0.json", change)
+
+
+def beside(root):
+    """The polygons lie beside the picture."""
+    put_polygons(root, [[-20, -20, -10, -20, -10, -10]])
+
+
+EMPTY = [
+    ("revos", "valid", all_null),
+    ("reasonseg", "val", no_target),
+    ("refcoco", "val", beside),
+]
+for damage in (black, in_alpha, black_palette):
+    EMPTY.append(("refavs", "val", each("gt_mask/toy-1-0*/fid_1/*.png", damage)))
+    EMPTY.append(("reasonvos", "test", each("Annotations/mevis_toy_0_0/*.png", damage)))
+
+
+@pytest.mark.parametrize("name, split, damage", EMPTY)
+def test_a_target_that_is_on_no_frame_is_named_and_not_trained_on(name, split, damage, copy, capsys):
+    root = copy(name)
+    damage(root)
+    assert_fault(name, split, root, "empty on all frames", capsys)
+    samples = read(name, split, root)
+    sample = next(sample for sample in samples if not sample.null and not sample.read_masks().any())
+    source = draw.Source("vos", [[sample]], partial(draw.read_any, frames=(4, 4)))
+    clip = draw.read_clip(source, [sample], np.random.default_rng(0))
+    assert "empty on all frames" in clip.fault
+    # Its official score is what it is.
+    assert evaluation.score_sample(find_benchmark(name), sample, str(root))["problem"] == "missing"
+
+
+def test_queries_that_name_nothing_may_have_empty_masks(copy, capsys):
+    root = copy("revos")
+    null = [sample for sample in read("revos", "valid", root) if sample.kind == "hallucination"]
+    assert null
+    for sample in null + read("refavs", "test_n", copy("refavs")):
+        assert not load(sample).masks.any()
+        assert not sample.fault
+
+
+def test_a_target_may_be_out_of_sight_on_the_sampled_frames(minis):
+    samples = read("revos", "train", minis("revos"))
+    empty = 0
+    for sample in samples:
+        if not sample.null:
+            for most in (1, 2, 3):
+                empty += not load(sample, most_frames=most).masks.any()
+    assert empty > 0
+
+
+def test_an_annotation_twice_is_one_object_and_a_fault(copy, capsys):
+    root = copy("revos")
+    path = root / META
+    before = read("revos", "valid", root)[0]
+    ids = json.loads(path.read_text())["videos"][FIRST]["expressions"]["0"]["anno_id"]
+    put_at("videos", FIRST, "expressions", "0", "anno_id", value=ids * 2)(path)
+    assert_fault("revos", "valid", root, "names an object twice", capsys)
+    sample = read("revos", "valid", root)[0]
+    assert sample.objects == before.objects
+    assert np.array_equal(sample.read_masks(), before.read_masks())
+
+
+def test_an_odd_id_of_revos_breaks_one_sample(copy, tmp_path):
+    """The foreground of its video is that of the other expressions."""
+    for bad in ([77], [[1]], [None], 5):
+        root = copy("revos")
+        put_at("videos", FIRST, "expressions", "0", "anno_id", value=bad)(root / META)
+        samples = read("revos", "valid", root)
+        results = score_predictions(find_benchmark("revos"), samples, tmp_path)
+        assert len(results["broken"]) == 1
+        shutil.rmtree(root)
+
+
+# ---- numbers that take all time or memory
+HUGE = [1e9, -1e9, float("inf"), float("-inf"), float("nan"), 10 ** 400, 1e18, "9", None]
+
+
+@pytest.mark.parametrize("number", HUGE)
+def test_a_corner_far_beside_the_picture_is_named(number, copy):
+    polygon = [10, 10, 30, 10, number, 30]
+    root = copy("refcoco")
+    sample = read("refcoco", "val", root)[0]
+    began = time.process_time()
+    with pytest.raises(BadInput, match="corner"):
+        coco_mask(sample, [polygon], "instances.json")
+    shape = dict(label="target", points=[[10, 10], [30, number], [9, 9]])
+    picture = sample.pictures[0]
+    with pytest.raises(BadInput, match="val/0.json: shape 0"):
+        lisa_mask(picture, "val/0.json", [shape], 1)
+    assert time.process_time() - began < 1
+
+
+def test_corners_a_little_outside_are_drawn():
+    corners, = near_corners([[(-5, -5), (200, 10), (30.5, 127)]], 128, 128, "here")
+    assert corners.shape == (3, 2)
+
+
+def test_an_endless_outline_is_refused():
+    there_and_back = [(0, 0), (128, 128)] * 10_000
+    with pytest.raises(BadInput, match="outlines of 2560000 pixels, more than"):
+        near_corners([there_and_back], 128, 128, "here")
+
+
+SIZES = [
+    dict(size=[10 ** 6, 10 ** 6], counts=[10 ** 12]),
+    dict(size=[10 ** 6, 10 ** 6], counts="1"),
+    dict(size=[-2, -2], counts=[4]),
+    dict(size=[0, 4], counts=[0]),
+    dict(size=[2 ** 70, 1], counts=[2 ** 70]),
+    dict(size=[2, 2], counts=[2 ** 62] * 4 + [4]),
+    dict(size=[2, 2], counts=[0] * 10 ** 6 + [4]),
+    dict(size=[2, 2], counts="0" * 10 ** 6),
+    dict(size=[2, 2], counts="o" * 20 + "4"),
+    dict(size=[2, 2], counts="\ud83d4"),
+    dict(size=[2, 2], counts=[[1], 2]),
+    dict(size=[2, 2], counts=[True, 3]),
+]
+
+
+@pytest.mark.parametrize("rle", SIZES)
+def test_run_lengths_of_odd_sizes_name_their_place(rle):
+    for frame in (None, (2, 2)):
+        with pytest.raises(BadInput, match="mask_dict.json"):
+            rle_mask(rle, "mask_dict.json", frame)
+
+
+def test_masks_that_memory_does_not_hold_are_refused(minis, monkeypatch):
+    monkeypatch.setattr("benchmarks.samples.MOST_MASKED", 100_000)
+    for name, split in (("revos", "valid"), ("refavs", "val"), ("refdavis", "valid")):
+        sample = read(name, split, minis(name))[0]
+        with pytest.raises(BadInput, match=f"{sample.name}: .*masks of [0-9]+ pixels together"):
+            sample.read_masks()
+
+
+def fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+PIPES = [
+    ("refavs", "val", "metadata.csv"),
+    ("refavs", "val", f"{LABELS}/00004.png"),
+    ("refcoco", "val", REFS),
+]
+
+
+@pytest.mark.parametrize("name, split, file", PIPES)
+def test_a_named_pipe_is_not_waited_for(name, split, file, copy, capsys):
+    root = copy(name)
+    fifo(root / file)
+    code, broken, _ = run_check(name, split, root, capsys)
+    assert code == 1
+    assert "is no ordinary file" in broken[0]
+
+
+@pytest.mark.parametrize("name, split, file", [
+    ("revos", "valid", META),
+    ("refavs", "val", "metadata.csv"),
+    ("reasonseg", "val", "val/0.json"),
+    ("video_r1", "train", R1),
+])
+def test_a_byte_order_mark_is_skipped(name, split, file, copy):
+    root = copy(name)
+    before = [sample.query for sample in read(name, split, root)]
+    path = root / file
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    samples = read(name, split, root)
+    assert [sample.query for sample in samples] == before
+    assert not any(sample.fault for sample in samples)
+
+
 # ---- adding a benchmark ----------------------------------------------------------------------------
 def code_of_readme():
     """The file that benchmarks/README.md shows."""
@@ -1098,9 +1588,9 @@ def dots(tmp_path, monkeypatch):
     package = [*benchmarks.__path__, str(tmp_path / "package")]
     monkeypatch.setattr(benchmarks, "__path__", package)
     module = importlib.import_module("benchmarks.dots")
-    for place in (benchmarks, check, evaluation):
-        monkeypatch.setattr(place, "BENCHMARKS", (*BENCHMARKS, module.DOTS))
-    yield module.DOTS
+    entry = Entry("dots", "dots.DOTS", "dots", ("train", "test"), "test")
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", (*BENCHMARKS, entry))
+    yield find_benchmark("dots")
     del sys.modules["benchmarks.dots"]
     del benchmarks.dots
 
@@ -1128,7 +1618,7 @@ def test_a_new_benchmark_is_shown(dots_root, tmp_path):
     sample = read("dots", "train", dots_root / "dots")[0]
     assert sample.query in (out / "prompt.txt").read_text()
     sheet = np.array(Image.open(out / "sample.png"))
-    assert_target_is_red(sheet, load(sample))
+    assert_target_is_outlined(sheet, load(sample))
 
 
 def test_a_new_benchmark_rates_the_truth_and_nothing_at_all(dots, dots_root, tmp_path):

@@ -26,6 +26,7 @@ from data import (
     FIRST_FRAME_TASK,
     KEYFRAME_TASK,
     KEYFRAMES,
+    LONGEST_QUERY,
     PICTURE_TASK,
     QUESTION_FORMS,
     QUESTION_TASK,
@@ -35,6 +36,7 @@ from data import (
     Frames,
     Processor,
     answer_text,
+    check_text,
     first_frame_prompt,
     format_time,
     frames_to_ground,
@@ -190,6 +192,8 @@ def write_real(path):
     (path / "preprocessor_config.json").write_text(json.dumps(REAL))
     config = json.loads((TOY / "config.json").read_text())
     config.update(position_id_per_seconds=25, seconds_per_chunk=2)
+    config["vision_config"].update(patch_size=14)
+    config["audio_config"].update(num_mel_bins=128)
     (path / "config.json").write_text(json.dumps(config))
 
 
@@ -342,6 +346,21 @@ def test_a_sound_too_short_for_a_token_counts_as_none(pair):
     clip = noise_clip(pair.side, pair.side, 2, 3 * hop / SAMPLE_RATE)
     inputs = keyframe_inputs(ours, clip)
     assert (inputs.ids == ours.audio).sum() == 1
+
+
+# One window of silence follows a sound, if the extractor's window has room for it.
+@pytest.mark.parametrize("beyond", [-1000, -200, 0, 7, 16000])
+def test_a_sound_longer_than_the_window_is_cut_as_in_transformers(beyond, toy):
+    reference = Reference(TOY, toy.video_tokens, toy.image_tokens)
+    seconds = (toy.features.n_samples + beyond) / SAMPLE_RATE
+    clip = noise_clip(32, 32, 1, seconds)
+    clip.sound = np.random.default_rng(0).normal(0, 0.1, len(clip.sound)).astype(np.float32)
+    messages = first_frame_prompt(clip)
+    inputs = toy.image_inputs(messages, clip.frames[0], clip.sound)
+    theirs = reference.inputs(messages, clip.sound, apart=True, images=[clip.frames[0]])
+    assert_equal(inputs, theirs, "image")
+    assert_same_sound(inputs, theirs)
+    assert inputs.mel.shape[1] <= toy.features.nb_max_frames
 
 
 # ---- Processor's directory -------------------------------------------------------------------------
@@ -523,6 +542,25 @@ def test_queries_smuggle_no_special_tokens(words, toy):
         return tokens
 
     assert specials("the " + words) == specials("the dog")
+
+
+def test_texts_that_are_none_are_refused():
+    for text in ("the dog", "狗", "?", "🐶", "x" * LONGEST_QUERY):
+        assert check_text(text, "--query") == text
+    for text in ("", " \n\t", "\u200b", "x" * (LONGEST_QUERY + 1), None, 3):
+        with pytest.raises(BadInput, match="^--query "):
+            check_text(text, "--query")
+
+
+def test_a_description_that_never_ends_is_cut(toy):
+    """A completion may be one long description; System 2 reads the beginning."""
+    usual = "the dog on the left " * 50
+    assert usual in grounding_prompt(usual)[1]["content"][0]["text"]
+    text = grounding_prompt("dog " * 10 ** 6)[1]["content"][0]["text"]
+    assert len(text) < LONGEST_QUERY + 500
+    clip = noise_clip(16, 16, 8, task="avs")
+    (description,) = frames_to_ground(clip, answered("x" * 10 ** 6)).values()
+    assert len(grounding_prompt(description)[1]["content"][0]["text"]) < LONGEST_QUERY + 500
 
 
 def test_undecodable_queries_are_read(toy):

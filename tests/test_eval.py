@@ -159,7 +159,7 @@ def test_predictions_of_another_run_are_not_taken_for_ones_own(data_root, tmp_pa
             (["--video_tokens", 9], "video_tokens 0, not 9"),
             (["--image_tokens", 9], "image_tokens 0, not 9"),
             (["--system2", "reference", policy], f"system2 policy, not reference {policy}"),
-            (["--sam2_weights", policy], "sam2_weights "),
+            (["--sam2_weights", policy / "config.json"], "holds predictions with sam2_weights "),
             (["--revos_root", elsewhere], f"data {data_root / 'revos'}, not {elsewhere}")):
         error = refusal(capsys, out, *own, *arguments)
         assert named in error

@@ -1,11 +1,18 @@
 """Media files: videos, folders of frames, pictures, sounds, and what is broken in them."""
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import wavfile
 
-from benchmarks.media import open_video, read_image, read_sound
-from tests.world import jpeg, naming, noise_picture, write_avi
+from benchmarks import media
+from benchmarks.media import open_video, read_image, read_sound, video_clip
+from data import LONGEST_QUERY
+from tests.world import jpeg, naming, noise_picture, riff_chunk, write_avi
+from trust.errors import BadInput
 
 
 # ---- reading pictures and videos -------------------------------------------------------------------
@@ -219,3 +226,267 @@ def test_broken_frames_of_a_video_file_are_named(tmp_path):
         # The decoder works ahead and may meet the broken frame here.
         frames, _ = open_video(str(file))
         frames[30]
+
+
+@pytest.mark.parametrize("read, name", READERS)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_named_at_once(tmp_path, read, name, make):
+    """A pipe that nobody fills would be waited for, and a device never ends."""
+    if read is open_video and make is os.mkdir:
+        pytest.skip("a folder of frames")
+    make(tmp_path / name)
+    with naming(tmp_path / name):
+        read(str(tmp_path / name))
+
+
+def test_entries_of_a_folder_that_are_no_files_are_named(tmp_path):
+    noise_picture(60, 60).save(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "2.png")
+    (tmp_path / ".1.png").write_bytes(b"hidden")
+    frames, _ = open_video(str(tmp_path))
+    assert len(frames) == 2
+    with naming(tmp_path / "2.png"):
+        frames[1]
+
+
+# ---- limits ----------------------------------------------------------------------------------------
+def write_wav(path, rate=16000, channels=1, bits=16, data=bytes(3200), claimed=None, kind=1, before=b""):
+    """A wav file whose header may claim anything. claimed: bytes of its samples."""
+    block = channels * bits // 8
+    form = struct.pack("<HHIIHH", kind, channels, rate, rate * block % 2**32, block, bits)
+    size = len(data) if claimed is None else claimed
+    content = b"WAVE" + before + riff_chunk(b"fmt ", form) + b"data" + struct.pack("<I", size) + data
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(content)) + content)
+    return str(path)
+
+
+@pytest.mark.parametrize("header, problem", [
+    (dict(rate=2**31 - 1), "its rate is 2147483647 Hz"),
+    (dict(rate=1), "its rate is 1 Hz"),
+    (dict(rate=767_999), "too little in common"),
+    (dict(channels=0), "it has 0 channels"),
+    (dict(channels=5000), "it has 5000 channels"),
+    (dict(bits=1024), "has 128 bytes"),
+    (dict(bits=0), "has 0 bytes"),
+    (dict(claimed=10_000), "should have 10000 bytes of samples, but 3200 are there"),
+    (dict(claimed=2**30), "should have 1073741824 bytes"),
+    (dict(before=riff_chunk(b"JUNK", b"") * 2000), "no samples in its first"),
+    (dict(kind=3, bits=32, data=np.array([0, 1e30], np.float32).tobytes()), "a sample is not between"),
+    (dict(kind=3, bits=64, data=np.array([0, 1e300]).tobytes()), "a sample is not between"),
+    (dict(kind=6, bits=8), "ALAW"),
+])
+def test_headers_of_sounds_have_limits(tmp_path, monkeypatch, header, problem):
+    """What cannot be is refused before the samples are resampled."""
+    path = write_wav(tmp_path / "a.wav", **header)
+    monkeypatch.setattr(media, "resample_poly", None)
+    with pytest.raises(BadInput, match=problem) as caught:
+        read_sound(path)
+    assert str(caught.value).startswith(f"cannot read sound: {path} (")
+
+
+@pytest.mark.parametrize("header, length", [
+    (dict(), 1600),
+    (dict(data=b""), 0),
+    # As a program writes into a pipe.
+    (dict(claimed=2**32 - 1), 1600),
+    (dict(before=riff_chunk(b"LIST", b"abc")), 1600),
+    (dict(bits=24, channels=8, data=bytes(24 * 100)), 100),
+    (dict(bits=8, data=b"\x80" * 1601), 1601),
+    (dict(rate=192_000), 134),
+    (dict(rate=44_101), 581),
+])
+def test_unusual_sounds_are_read(tmp_path, header, length):
+    sound = read_sound(write_wav(tmp_path / "a.wav", **header))
+    assert (sound.dtype, sound.shape) == (np.float32, (length,))
+
+
+def test_sounds_have_a_most_number_of_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(media, "MOST_SAMPLES", 1000)
+    assert len(read_sound(write_wav(tmp_path / "a.wav", data=bytes(2000)))) == 1000
+    with naming(tmp_path / "b.wav"):
+        read_sound(write_wav(tmp_path / "b.wav", channels=2, data=bytes(2004)))
+
+
+@pytest.mark.parametrize("name", ["tone.wav", "tone.mp4"])
+def test_only_the_first_seconds_of_a_sound_are_read(tmp_path, monkeypatch, name):
+    file = str(tmp_path / name)
+    wavfile.write(file, 16000, stored(tone(16000), np.int16))
+    whole = read_sound(file)
+    assert len(whole) == 24000
+    assert (read_sound(file, 2.0) == whole).all()
+    part = read_sound(file, 0.5)
+    assert (part == whole[:8000]).all()
+    monkeypatch.setattr(media, "LONGEST_SOUND", 1)
+    assert len(read_sound(file, 3.0)) == 16000
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "bmp", "gif"])
+def test_pictures_have_a_most_number_of_pixels(tmp_path, monkeypatch, form):
+    """They are refused before they are decoded."""
+    path = str(tmp_path / "a.png")
+    Image.new("RGB", (40, 26)).save(path, form)
+    monkeypatch.setattr(media, "MOST_PIXELS", 1040)
+    assert read_image(path).size == (40, 26)
+    monkeypatch.setattr(media, "MOST_PIXELS", 1039)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    with pytest.raises(BadInput, match=f"{path} .40 x 26 pixels, more than 1039"):
+        read_image(path)
+
+
+def test_a_picture_that_claims_to_be_huge_is_named_in_one_line(tmp_path, recwarn):
+    """Pillow would warn of the smaller one and go on."""
+    path = tmp_path / "a.png"
+    Image.new("L", (8, 8)).save(path)
+    content = path.read_bytes()
+    for side in (10_000, 2**31 - 1):
+        header = b"IHDR" + struct.pack(">II", side, side) + content[24:29]
+        checksum = struct.pack(">I", zlib.crc32(header))
+        path.write_bytes(content[:12] + header + checksum + content[33:])
+        with naming(path):
+            read_image(str(path))
+    assert not recwarn.list
+
+
+def test_only_pictures_are_opened_as_pictures(tmp_path):
+    """Pillow would hand an EPS file to another program."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with naming(path):
+        read_image(str(path))
+
+
+def test_pictures_as_they_are_stored(tmp_path):
+    path = str(tmp_path / "a.png")
+    labels = Image.new("P", (4, 3), 7)
+    labels.putpalette(range(256))
+    labels.save(path)
+    assert np.array(read_image(path, None)).tolist() == [[7] * 4] * 3
+    with open(path, "rb") as content:
+        assert read_image("row 3", "L", "mask", content).mode == "L"
+    with pytest.raises(BadInput, match="^cannot read mask: no such file: nothing.png$"):
+        read_image("nothing.png", "L", "mask")
+
+
+class FakeVideo:
+    """What decord might say of a video file."""
+
+    def __init__(self, frames=3, fps=5.0, size=(48, 64)):
+        self.frames = frames
+        self.fps = fps
+        self.picture = np.zeros((*size, 3), np.uint8)
+
+    def __call__(self, path):
+        return self
+
+    def __len__(self):
+        return self.frames
+
+    def get_avg_fps(self):
+        return self.fps
+
+    def __getitem__(self, t):
+        return self
+
+    def asnumpy(self):
+        return self.picture
+
+
+@pytest.mark.parametrize("claims", [
+    dict(fps=0.0),
+    dict(fps=float("nan")),
+    dict(fps=float("inf")),
+    dict(fps=-1.0),
+    dict(fps=1e9),
+    dict(fps=1e-9),
+    dict(frames=3_000_000),
+    dict(size=(2000, 2000)),
+])
+def test_claims_of_videos_have_limits(tmp_path, monkeypatch, claims):
+    import decord
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"video")
+    monkeypatch.setattr(media, "MOST_PIXELS", 1_000_000)
+    monkeypatch.setattr(decord, "VideoReader", FakeVideo())
+    assert open_video(str(path))[1] == 5.0
+    monkeypatch.setattr(decord, "VideoReader", FakeVideo(**claims))
+    with naming(path):
+        open_video(str(path))
+
+
+# ---- videos that are none --------------------------------------------------------------------------
+def picture_file(path):
+    noise_picture(16, 16).save(path, "gif")
+
+
+def sound_file(path):
+    wavfile.write(path, 16000, np.zeros(1600, np.int16))
+
+
+def text_file(path):
+    path.write_text("hello" * 100)
+
+
+@pytest.mark.parametrize("write", [picture_file, sound_file, text_file])
+@pytest.mark.parametrize("name", ["a.gif", "a.mp4", "a.mkv"])
+def test_what_has_no_video_is_named_without_a_decoders_words(tmp_path, capfd, write, name):
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(BadInput) as caught:
+        open_video(str(path))
+    assert str(caught.value) == f"cannot read video: {path} (no video stream in it that decord can decode)"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_has_no_sound_is_silent_or_named_without_a_decoders_words(tmp_path, capfd):
+    picture_file(tmp_path / "a.gif")
+    assert read_sound(str(tmp_path / "a.gif")) is None
+    text_file(tmp_path / "a.mp4")
+    with pytest.raises(BadInput) as caught:
+        read_sound(str(tmp_path / "a.mp4"))
+    assert str(caught.value).endswith("a.mp4 (no sound in it that decord can decode)")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_stderr_is_back_after_a_decoder(tmp_path, capfd):
+    text_file(tmp_path / "a.mp4")
+    with pytest.raises(BadInput):
+        open_video(str(tmp_path / "a.mp4"))
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"
+
+
+def test_a_folder_of_videos_says_what_is_wrong(tmp_path):
+    for name in ("b.mp4", "a.mp4", ".hidden"):
+        (tmp_path / name).write_bytes(b"video")
+    with pytest.raises(BadInput, match=f"folder: {tmp_path} .it holds a.mp4; name one video, or one folder"):
+        open_video(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.jpeg"])
+def test_a_picture_is_a_video_of_one_frame(tmp_path, name):
+    path = str(tmp_path / name)
+    noise_picture(40, 30).save(path)
+    clip = video_clip(path, "the dog", None)
+    assert (len(clip.frames), clip.size, clip.sound) == (1, (30, 40), None)
+
+
+# ---- clips of files --------------------------------------------------------------------------------
+def test_the_sound_of_a_video_file_is_cut_where_it_ends(tmp_path):
+    write_avi(tmp_path / "a.avi", (64, 48), [jpeg(noise_picture(64, 48))] * 5, 5)
+    wavfile.write(tmp_path / "a.wav", 16000, np.zeros(16000 * 60, np.int16))
+    clip = video_clip(str(tmp_path / "a.avi"), "the dog", str(tmp_path / "a.wav"))
+    assert len(clip.sound) == 16000 * 1.5
+    # A folder does not tell how long its video is.
+    (tmp_path / "frames").mkdir()
+    noise_picture(64, 48).save(tmp_path / "frames/0.png")
+    clip = video_clip(str(tmp_path / "frames"), "the dog", str(tmp_path / "a.wav"))
+    assert len(clip.sound) == 16000 * 60
+
+
+@pytest.mark.parametrize("query", ["", " \n", "\u200b", "x" * (LONGEST_QUERY + 1)])
+def test_queries_that_are_empty_or_too_long_are_refused(tmp_path, query):
+    noise_picture(8, 8).save(tmp_path / "a.png")
+    with pytest.raises(BadInput, match="^--query "):
+        video_clip(str(tmp_path / "a.png"), query, None)
+    for right in ("x" * LONGEST_QUERY, "狗", "?"):
+        assert video_clip(str(tmp_path / "a.png"), right, None).query == right

@@ -861,7 +861,7 @@ def test_broken_truth_scores_0_and_is_named(tmp_path):
         raise ValueError("mask of wrong length: v/0 in mask_dict.json")
 
     sample.read_masks = broken
-    for benchmark in BENCHMARKS:
-        row = score_sample(benchmark, sample, str(tmp_path))
+    for name in NAMES:
+        row = score_sample(find_benchmark(name), sample, str(tmp_path))
         assert "mask_dict.json" in row["problem"]
         assert row.get("J", 0) == row.get("IoU", 0) == 0

@@ -1,5 +1,7 @@
 """Predictions: written, read, packed, and what is wrong with them named."""
+import errno
 import json
+import os
 import re
 import zipfile
 
@@ -8,10 +10,19 @@ import pytest
 from PIL import Image
 
 from benchmarks import find_benchmark
-from benchmarks.predictions import open_predictions, read_prediction, write_prediction, zip_predictions
+from benchmarks.predictions import (
+    is_whole,
+    open_predictions,
+    read_answers,
+    read_prediction,
+    unpredicted,
+    write_prediction,
+    zip_predictions,
+)
 from benchmarks.revos import score_revos
 from eval import score_predictions
 from tests.test_metrics import a_sample, blobs, encode, revos_sample
+from trust.errors import BadInput
 
 # Of the frames in this file.
 SIZE = (9, 11)
@@ -90,7 +101,7 @@ def test_broken_predictions_are_named(tmp_path):
     sample = a_sample(masks[None])
     write_prediction(tmp_path, sample, masks)
     path = tmp_path / "Annotations/v/0/00005.png"
-    message = re.escape(f"cannot read predicted mask: {path}")
+    message = "cannot read predicted mask: .*" + re.escape(str(path))
     for content in broken_pictures(path.read_bytes()):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -102,6 +113,101 @@ def test_broken_predictions_are_named(tmp_path):
     path.mkdir()
     with pytest.raises(ValueError, match=message):
         read_prediction(tmp_path, sample, (40, 50))
+
+
+OUTSIDE = [dict(video=".."), dict(video="../../x"), dict(expression="../../x"), dict(folder="..")]
+
+
+@pytest.mark.parametrize("fields", OUTSIDE)
+def test_nothing_is_written_removed_or_packed_outside(tmp_path, fields):
+    out = tmp_path / "deep/deeper/out"
+    (out / "Annotations").mkdir(parents=True)
+    others = [tmp_path / "deep/x.partial", tmp_path / "deep/x", tmp_path / "deep/deeper/0.partial"]
+    for other in others:
+        other.mkdir()
+    masks = blobs(0, 3, *SIZE)
+    sample = a_sample(masks[None], **fields)
+    if fields == dict(video=".."):
+        sample.expression = ".."
+    uses = [
+        lambda: write_prediction(out, sample, masks),
+        lambda: zip_predictions(find_benchmark("mevis"), [sample], out, out),
+        lambda: read_prediction(out, sample, SIZE),
+        lambda: unpredicted(out, [sample]),
+    ]
+    for use in uses:
+        with pytest.raises(BadInput, match="is not inside"):
+            use()
+    assert all(other.is_dir() for other in others)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", ".."])
+def test_no_frame_is_written_outside(tmp_path, name):
+    masks = blobs(0, 1, *SIZE)
+    sample = a_sample(masks[None])
+    sample.names = [name]
+    if name == "..":
+        sample.names = ["../../../../x"]
+    with pytest.raises(BadInput, match="is not inside"):
+        write_prediction(tmp_path, sample, masks)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
+    def full(image, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    masks = blobs(0, 1, *SIZE)
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="cannot write .*00000.png .No space left on device"):
+        write_prediction(tmp_path, a_sample(masks[None]), masks)
+
+
+def test_broken_samples_have_no_prediction(tmp_path):
+    masks = blobs(0, 1, *SIZE)
+    sample = a_sample(masks[None])
+    write_prediction(tmp_path, sample, masks)
+    assert unpredicted(tmp_path, [sample]) == []
+    assert is_whole(tmp_path, sample)
+    sample.broken = "the query is empty"
+    assert unpredicted(tmp_path, [sample]) == [sample]
+    assert not is_whole(tmp_path, sample)
+
+
+def test_a_huge_or_endless_prediction_is_not_read(tmp_path):
+    masks = blobs(0, 1, *SIZE)
+    sample = a_sample(masks[None])
+    write_prediction(tmp_path, sample, masks)
+    path = tmp_path / "Annotations/v/0/00000.png"
+    Image.new("1", (30_000, 30_000)).save(path)
+    with pytest.raises(BadInput, match="00000.png"):
+        read_prediction(tmp_path, sample, SIZE)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BadInput, match="is no ordinary file"):
+        read_prediction(tmp_path, sample, SIZE)
+
+
+ANSWERS = [
+    '{"name": "a", "text": "", "keyframes": {"3": "x"}}',
+    '{"name": "b", "text": "", "keyframes": [3]}',
+    '{"name": "c", "text": 5, "keyframes": [3]}',
+    '{"name": "d", "text": "", "keyframes": ["x"]}',
+    '{"name": "e", "text": "", "keyframes": 7}',
+    '{"name": ["f"], "text": "", "keyframes": []}',
+    '{"name": "g", "te',
+    "5",
+]
+
+
+def test_answers_that_are_none_are_left_out(tmp_path):
+    path = tmp_path / "answers-0.jsonl"
+    path.write_text("\n".join(ANSWERS))
+    assert list(read_answers(tmp_path)) == ["a", "b"]
+    path.write_bytes(b"\xff")
+    with pytest.raises(BadInput, match="answers-0.jsonl"):
+        read_answers(tmp_path)
 
 
 # ---- archives --------------------------------------------------------------------------------------
@@ -171,7 +277,9 @@ NO_MASKS = [
     ([3] * 3, "the prediction of bench/v/1"),
     ([[]] * 3, "the prediction of bench/v/1"),
     (5, "bench/v/1 are not a list"),
-    ([dict(size=[9, 11], counts=[[1], 2])] * 3, "cannot use the prediction of bench/v/1"),
+    ([dict(size=[9, 11], counts=[[1], 2])] * 3, "counts that do not fill a mask of size [9, 11]"),
+    ([dict(size=[11, 9], counts=[99])] * 3, "mask of 9 x 11, frame of 11 x 9: the prediction of bench/v/1"),
+    ([dict(size=[10**6, 10**6], counts=[10**12])] * 3, "mask of 1000000 x 1000000, frame of 11 x 9"),
 ]
 
 

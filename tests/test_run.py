@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import resource
@@ -36,21 +37,23 @@ from benchmarks.toy import toy_clip
 from data import Clip, Frames, Processor, frames_to_ground, prompt_inputs
 from model import Cache, Prompt, Thinker, read_config
 from rewards import reward_terms, total_rewards
-from run.checkpoint import check_place, only_one
+from run.checkpoint import StateReader, check_place, find_checkpoint, only_one
 from run.draw import Source, hold_out, read_clip, take_items, training_sources
-from run.log import Watch
+from run.guard import guard
+from run.log import Log, Watch, plot, read_rows
 from run.plan import memory_plan
-from run.processes import guard, start_processes
+from run.processes import start_processes
 from run.settings import frame_range
 from segment import ground, thinker_system2
 from tests.world import ROOT, settings_of
+from trust import program
 from trust.errors import BadInput
 from trust.options import TOY_POLICY
 
 TINY = ("--device cpu --threads 1 --workers 0 --dtype float32 --batch 2 --updates 1 --group 2 "
         "--max_new_tokens 16 --consistency 0").split()
 # Seconds that a busy machine may take.
-PATIENCE = 600
+PATIENCE = 240
 # The toy world's, built once: that takes as long as a run of a few steps.
 SOURCES = training_sources("toy", ".", {}, 0, (24, 24))
 
@@ -95,6 +98,8 @@ def trainer(rank, world, nodes, folder, runs, setup):
     os.dup2(printed, 2)
     # No search for garbage among what the server has imported.
     gc.freeze()
+    # Only those that are no daemons may have workers.
+    multiprocessing.current_process()._config["daemon"] = False
     train.training_sources = ready_sources
     train.plot = nothing_else
     setup(rank)
@@ -149,10 +154,12 @@ def kill(processes):
         process.join()
 
 
-def wait_for(condition):
+def wait_for(condition, processes=()):
+    """Waits until the condition holds, while the processes live."""
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end
+        assert all(process.exitcode is None for process in processes)
         time.sleep(0.01)
 
 
@@ -234,12 +241,18 @@ def as_restarted(_):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_three_steps_a_kill_and_three_more_are_six_steps_bit_for_bit(server, straight, world):
+    """Only one process is killed, as when memory runs out. Nobody ends its workers, nor the other process."""
     name = f"killed{world}"
-    processes = start(server, straight, f"{SIX} {name}", world=world)
-    wait_for(lambda: log_lines(straight, name) > 4)
-    kill(processes)
+    settings = f"{SIX} {name} --workers 2"
+    processes = start(server, straight, settings, world=world)
+    wait_for(lambda: log_lines(straight, name) > 4, processes)
+    processes[-1].kill()
+    finish(processes, [1, -signal.SIGKILL][-world:])
+    printed = (straight / "0.txt").read_text()
+    assert printed.count("error: rank 1 (of 2) has died") == world - 1
+    assert "Traceback" not in printed
     assert not (straight / f"out/{name}/policy").exists()
-    again = f"{SIX} {name} --overwrite true"
+    again = f"{settings} --overwrite true"
     finish(start(server, straight, again, world=world, setup=as_restarted))
     assert f"continues at step 3 from out/{name}" in (straight / "0.txt").read_text()
     assert outcome(straight, name) == outcome(straight, f"straight{world}")
@@ -290,20 +303,26 @@ def test_a_run_killed_at_any_moment_goes_on_from_a_complete_checkpoint(server, s
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_run_killed_at_twenty_random_moments(server, straight, world):
+    """One process of it is, in a start, a resume, a step or a save."""
     name = f"twenty{world}"
-    settings = f"--steps 6 --save_every 1 --name {name}"
+    settings = f"--steps 6 --save_every 1 --name {name} --workers 2"
     rng = random.Random(world)
     kills = 0
     partial = 0
     while kills < 20:
         processes = start(server, straight, settings, world=world)
-        processes[0].join(rng.uniform(1.5, 6.0))
-        if processes[0].exitcode == 0:
+        victim = rng.choice(processes)
+        victim.join(rng.uniform(0.5, 6.0))
+        if victim.exitcode == 0:
             # It got to the end: once more from the start.
             finish(processes)
             assert outcome(straight, name) == outcome(straight, f"straight{world}")
             shutil.rmtree(straight / f"out/{name}")
             continue
+        kill([victim])
+        for process in processes:
+            process.join(20)
+        # Those that wait for it to join them, which torchrun would end.
         kill(processes)
         kills += 1
         partial += any((straight / f"out/{name}").glob("*.partial"))
@@ -346,6 +365,116 @@ def test_torchrun_restarts_a_killed_worker(straight, world):
     assert launcher.wait(PATIENCE) == 0
     assert "continues at step 3" in (straight / "torchrun.txt").read_text()
     assert outcome(straight, name) == outcome(straight, f"straight{world}")
+
+
+@pytest.mark.slow
+def test_torchrun_itself_is_killed_and_the_same_command_goes_on_at_once(straight):
+    """Its processes and their workers end with it. The next start does not meet them."""
+    name = "orphaned2"
+    options = ["--nproc_per_node", "2", "--master_port"]
+    settings = [*SIX.split(), name, "--workers", "2"]
+    with open(straight / "orphaned.txt", "w") as printed:
+        command = [*torchrun(*options, str(free_port())), *settings]
+        launcher = subprocess.Popen(command, cwd=straight, stdout=printed, stderr=printed)
+        wait_for(lambda: log_lines(straight, name) > 3)
+        launcher.kill()
+        launcher.wait()
+        command = [*torchrun(*options, str(free_port())), *settings]
+        assert subprocess.run(command, cwd=straight, stdout=printed, stderr=printed).returncode == 0
+    printed = (straight / "orphaned.txt").read_text()
+    assert "continues at step 3" in printed
+    assert "another process is writing" not in printed
+    assert outcome(straight, name) == outcome(straight, "straight2")
+
+
+def test_a_process_that_waits_for_a_dead_one_ends_soon_also_if_it_is_told_to(server, straight):
+    processes = start(server, straight, "--steps 500 --name waiting", world=2)
+    wait_for(lambda: log_lines(straight, "waiting") > 0, processes)
+    processes[1].kill()
+    os.kill(processes[0].pid, signal.SIGTERM)
+    killed = time.monotonic()
+    finish(processes, [1, -signal.SIGKILL])
+    # Not torchrun's 30 s, nor the 30 minutes of --timeout_minutes.
+    assert time.monotonic() - killed < 25
+    assert "error: rank 1 (of 2) has died" in (straight / "0.txt").read_text()
+
+
+def test_a_worker_ends_with_its_parent(monkeypatch):
+    """By Linux at once, on other systems within seconds."""
+    fork = multiprocessing.get_context("fork")
+
+    def work():
+        run.draw.begin_worker(0)
+        time.sleep(PATIENCE)
+
+    def parent():
+        multiprocessing.current_process()._config["daemon"] = False
+        fork.Process(target=work).start()
+        alive.send("started")
+        time.sleep(PATIENCE)
+
+    for prctl in (True, False):
+        if not prctl:
+            monkeypatch.setattr(program.ctypes, "CDLL", lambda _: object())
+        ended, alive = fork.Pipe(duplex=False)
+        process = fork.Process(target=parent, daemon=True)
+        process.start()
+        alive.close()
+        assert ended.recv() == "started"
+        kill([process])
+        # The pipe closes when its last process has ended.
+        assert ended.poll(PATIENCE)
+        with pytest.raises(EOFError):
+            ended.recv()
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------
+def test_ctrl_c_saves_the_step_and_the_second_one_ends_at_once(server, straight):
+    settings = "--steps 6 --name interrupted --workers 2"
+    processes = start(server, straight, settings)
+    wait_for(lambda: log_lines(straight, "interrupted") > 1)
+    os.kill(processes[0].pid, signal.SIGINT)
+    finish(processes)
+    done = log_lines(straight, "interrupted")
+    assert f"told to end: {done} steps are done and saved" in (straight / "0.txt").read_text()
+    processes = start(server, straight, settings)
+    wait_for(lambda: log_lines(straight, "interrupted") > done)
+    for _ in range(2):
+        os.kill(processes[0].pid, signal.SIGINT)
+    # Unless it came to its end before.
+    processes[0].join(PATIENCE)
+    assert processes[0].exitcode in (0, 130)
+    finish(start(server, straight, settings))
+    assert outcome(straight, "interrupted") == outcome(straight, "straight1")
+    assert "Traceback" not in (straight / "0.txt").read_text().split(f"told to end: {done} steps")[-1]
+
+
+def interrupt_oneself(_):
+    def load_systems(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(PATIENCE)
+    train.load_systems = load_systems
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(server, straight):
+    finish(start(server, straight, "--steps 6 --name early", setup=interrupt_oneself), [130])
+    assert "interrupted before the first step" in (straight / "0.txt").read_text()
+
+
+def test_the_second_ctrl_c_ends_at_once_whatever_the_program_waits_for(tmp_path):
+    fork = multiprocessing.get_context("fork")
+
+    def wait_inside():
+        watch = Watch(phase="rollout")
+        with guard(watch, tmp_path, 30, rank=0, world=1):
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_for(lambda: watch.stop_requested)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(PATIENCE)
+
+    process = fork.Process(target=wait_inside)
+    process.start()
+    finish([process], [130])
 
 
 # ---- full disks ------------------------------------------------------------------------------------
@@ -415,7 +544,9 @@ def test_a_finished_run_goes_on_with_more_steps_and_a_damaged_checkpoint_is_name
     assert "continues at step 6 from out/more/step-000006" in capsys.readouterr().out
     assert log_lines(tmp_path, "more") == 7
 
+    # Its state is cut off, and there are no checksums to tell.
     checkpoint = tmp_path / "out/more/step-000007"
+    (checkpoint / "checksums.json").unlink()
     (state,) = (checkpoint / "state").glob("*.distcp")
     state.write_bytes(state.read_bytes()[:100])
     for damage in (nothing_else, shutil.rmtree):
@@ -431,11 +562,159 @@ def test_a_finished_run_goes_on_with_more_steps_and_a_damaged_checkpoint_is_name
     assert outcome(tmp_path, "more")[0][-1]["step"] == 7
 
 
+# ---- damaged checkpoints ---------------------------------------------------------------------------
+def flip(file):
+    """Changes a bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def without_settings(file):
+    record = json.loads(file.read_text())
+    del record["settings"]
+    file.write_text(json.dumps(record))
+
+
+def cut_off(file):
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+DAMAGES = [
+    ("state/__0_0.distcp", flip, "is not what was saved"),
+    ("model.safetensors", flip, "is not what was saved"),
+    ("state/.metadata", flip, "is not what was saved"),
+    ("model.safetensors", Path.unlink, "no such file"),
+    ("metrics.jsonl", cut_off, "is not what was saved"),
+    ("run.json", without_settings, "its 'settings' is missing"),
+    ("run.json", lambda file: file.write_text("[]"), "a dict expected"),
+    ("checksums.json", lambda file: file.write_text("{"), "cannot use"),
+]
+OLDER_DAMAGES = [
+    ("run.json", without_settings, "its 'settings' is missing"),
+    ("metrics.jsonl", cut_off, "it has 5 lines"),
+    ("metrics.jsonl", Path.unlink, "metrics.jsonl"),
+]
+
+
+@pytest.fixture
+def alone():
+    """A group of one process."""
+    start_processes("cpu")
+    yield
+    dist.destroy_process_group()
+
+
+def found(folder, capsys):
+    """(name of the checkpoint that a run of 8 steps continues from, what is printed)"""
+    settings = settings_of(*TINY, "--steps", 8, "--save_every", 3)
+    checkpoint, earlier = find_checkpoint(str(folder), settings)
+    return checkpoint.name, earlier["step"], capsys.readouterr().out
+
+
+@pytest.mark.parametrize("with_sums", [True, False])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+        straight, tmp_path, alone, capsys, with_sums):
+    for i, (name, damage, line) in enumerate(DAMAGES if with_sums else OLDER_DAMAGES):
+        out = shutil.copytree(straight / "out/straight1", tmp_path / str(i))
+        newest = out / "step-000006"
+        if not with_sums:
+            (newest / "checksums.json").unlink()
+        damage(newest / name)
+        taken, step, printed = found(out, capsys)
+        assert (taken, step) == ("step-000003", 3)
+        assert f"step-000006/{name}" in printed
+        assert line in printed
+        assert "falls back to" in printed
+        assert (out / "step-000006.damaged").exists()
+        # It is said once.
+        assert "falls back" not in found(out, capsys)[2]
+
+
+def test_without_a_whole_checkpoint_a_run_ends_and_keeps_all(straight, tmp_path, alone, capsys):
+    out = shutil.copytree(straight / "out/straight1", tmp_path / "out")
+    flip(out / "step-000003/state/__0_0.distcp")
+    without_settings(out / "step-000006/run.json")
+    with pytest.raises(BadInput, match="'settings'.*step-000003/state/__0_0.distcp.*no whole checkpoint"):
+        found(out, capsys)
+    assert not list(out.glob("*.damaged"))
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("payload",)
+
+
+def test_the_index_of_a_state_runs_no_code(tmp_path, monkeypatch, straight):
+    monkeypatch.chdir(tmp_path)
+    state = shutil.copytree(straight / "out/straight1/step-000006/state", tmp_path / "state")
+    assert StateReader(state).read_metadata().storage_data
+    bytes_of_any_kind = dist.checkpoint.metadata.BytesStorageMetadata()
+    for content in (Payload(), bytes_of_any_kind):
+        (state / ".metadata").write_bytes(pickle.dumps(content))
+        with pytest.raises(pickle.UnpicklingError, match="no part of a checkpoint's index"):
+            StateReader(state).read_metadata()
+    assert not Path("payload").exists()
+
+
+# ---- the log ---------------------------------------------------------------------------------------
+def test_lines_of_the_log_wait_while_a_disk_is_full(tmp_path, capsys):
+    log = Log(str(tmp_path / "metrics.jsonl"), "wb")
+    log.write(dict(step=0))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        log.write(dict(step=1))
+        # No checkpoint without it.
+        with pytest.raises(OSError):
+            log.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    warning = "warning: writing .*metrics.jsonl .* failed, and the run goes on"
+    assert re.search(warning, capsys.readouterr().err)
+    log.write(dict(step=2))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+
+
+def test_curves_never_end_a_run(tmp_path, monkeypatch, capsys):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 0, "reward": 1.0}\n{"step": 1, "rew\n[]\n{}\n{"step": 2, "reward": 2.0}\n')
+    assert [row["step"] for row in read_rows(log)] == [0, 2]
+    plot(tmp_path)
+    assert (tmp_path / "curves.png").exists()
+    log.write_text('{"step": 0, "reward": "high"}\n{"step": 1, "reward": {}}\n')
+    plot(tmp_path)
+    log.unlink()
+    plot(tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all("warning: drawing" in line for line in lines)
+
+
+# ---- the place of a run ----------------------------------------------------------------------------
 def test_two_runs_of_one_name_do_not_meet(tmp_path):
-    with only_one(tmp_path):
-        with pytest.raises(BadInput, match="another process is writing to"):
-            only_one(tmp_path)
+    """But a worker that outlives its parent does not keep the name."""
+    fork = multiprocessing.get_context("fork")
+
+    def hold():
+        multiprocessing.current_process()._config["daemon"] = False
+        lock = only_one(tmp_path)
+        worker = fork.Process(target=time.sleep, args=(PATIENCE,))
+        worker.start()
+        sender.send(worker.pid)
+        time.sleep(PATIENCE)
+        lock.close()
+
+    receiver, sender = fork.Pipe(duplex=False)
+    holder = fork.Process(target=hold, daemon=True)
+    holder.start()
+    worker = receiver.recv()
+    with pytest.raises(BadInput, match="another process is writing to"):
+        only_one(tmp_path)
+    kill([holder])
     only_one(tmp_path).close()
+    os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("option, words", [
@@ -446,7 +725,7 @@ def test_two_runs_of_one_name_do_not_meet(tmp_path):
 def test_a_run_does_not_remove_what_it_is_made_of(tmp_path, option, words):
     out = tmp_path / "out/here"
     words[-1] = str(tmp_path / words[-1])
-    settings = settings_of(f"--{option}", *words, "--name", "here", "--overwrite", "true")
+    settings = replace(settings_of("--name", "here", "--overwrite", "true"), **{option: " ".join(words)})
     with pytest.raises(BadInput, match=f"--{option} .* lies in {out}, where the run would replace it"):
         check_place(str(out), settings)
     check_place(str(tmp_path / "out/there"), settings)

@@ -2,7 +2,13 @@
 
 Letters: N objects of a clip, G completions, T frames, H W pixels.
 """
+import errno
+import io
 import json
+import subprocess
+import sys
+import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +19,15 @@ from PIL import Image
 from sam2 import sam2_video_predictor
 
 import segment as segment_program
+from benchmarks import pictures, results
+from benchmarks.pictures import animation, overlay
+from benchmarks.results import write_results
 from benchmarks.toy import toy_clip, toy_scene
 from data import Clip, Frames, Processor, grounding_prompt, parse_boxes
 from model import Thinker
 from rewards import box_iou, mask_box
 from segment import (
+    Answer,
     FrameFeatures,
     Tracker,
     ground,
@@ -28,7 +38,7 @@ from segment import (
     to_source,
     track_groups,
 )
-from tests.world import ROOT, naming
+from tests.world import ROOT, naming, noise_picture
 from trust.errors import BadInput
 from trust.options import TOY_POLICY, TOY_SAM2
 from trust.sam2_config import build_sam2, find_config
@@ -121,7 +131,7 @@ NO_BOXES = [
 def test_what_a_plugged_function_returns_is_checked(tmp_path, result):
     path = grounder(tmp_path, f"def boxes(image, description):\n    return {result}\n")
     message = r"boxes\(\) of .*mine.py returned .*, not a list of \(x1, y1, x2, y2\)"
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(BadInput, match=message):
         plugged(path)([blank()], ["dog"])
 
 
@@ -583,6 +593,52 @@ def test_the_config_is_found_by_the_weights():
     assert find_config("weights/mine.pt") == "mine"
 
 
+# ---- frame by frame --------------------------------------------------------------------------------
+def test_following_gives_the_masks_of_all_clips_in_order_of_time(tracker):
+    nothing, _ = toy_prompts(5)
+    clips = [
+        (*toy_prompts(3), None),
+        (nothing, [], [[]]),
+        (*toy_prompts(4, "long", 12), [[0], [1, 2], []]),
+    ]
+    whole = tracker.track_clips(clips)
+    order = []
+    for c, t, masks in tracker.follow(clips):
+        order.append((t, c))
+        assert np.array_equal(masks, whole[c][:, t])
+    assert order == sorted(order)
+    assert len(order) == sum(len(frames) for frames, _, _ in clips)
+    assert whole[0].any()
+    assert whole[1].shape == (1, 8, 128, 128)
+    assert not whole[1].any()
+    assert tracker.track_clips([]) == []
+
+
+def test_following_reads_a_few_frames_ahead_and_keeps_none(tracker):
+    frames, _ = toy_prompts(4, "long", 12)
+    kept = []    # weak references to pictures, in the order of reading
+
+    def read(t):
+        picture = frames[t].copy()
+        kept.append(weakref.ref(picture))
+        return picture
+
+    watched = Frames(read, range(len(frames)))
+    request = watched, [{1: (30, 40, 61, 70)}], None
+    for _, t, _ in tracker.follow([request]):
+        ahead = len(kept) - t
+        # The size, the prompted frame, and those that are encoded together.
+        assert ahead <= 2 + segment_program.FRAMES_AT_ONCE
+        assert not any(picture() for picture in kept)
+
+
+def test_whoever_follows_is_not_inside_the_modes_of_sam2(tracker):
+    frames, objects = toy_prompts(0)
+    for _ in tracker.follow([(frames, objects, None)]):
+        assert not torch.is_inference_mode_enabled()
+        assert not torch.is_autocast_enabled(tracker.model.device.type)
+
+
 # ---- both systems on clips -------------------------------------------------------------------------
 def test_a_groups_masks_are_those_of_one_call_per_completion(systems):
     clip = toy_clip("test", 2)
@@ -779,3 +835,204 @@ def test_tokens_of_a_picture_are_an_option_of_system2(tmp_path, monkeypatch):
     grids.clear()
     run_segment(tmp_path / "few", "--index", 2, "--image_tokens", 16)
     assert grids == {(1, 8, 8)}
+
+
+# ---- what the program writes -----------------------------------------------------------------------
+def small_clip(T=6, fps=2.0, width=40, height=30):
+    return Clip("small", Frames(lambda t: blank(width, height), range(T)), "it", fps)
+
+
+ANSWER = Answer("<think>why</think><answer>null</answer>", {}, {})
+
+
+def full_masks(T=6, width=40, height=30):
+    return [np.ones((height, width), bool)] * T
+
+
+def test_an_answer_and_masks_are_on_disk_as_soon_as_they_are_known(tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def masks():
+        for t, mask in enumerate(full_masks()):
+            assert json.loads((out / "answer.json").read_text())["reasoning"] == "why"
+            assert len(written_masks(out)) == t
+            yield mask
+
+    assert write_results(str(out), small_clip(), ANSWER, masks()) == 6
+    shown = capsys.readouterr().err
+    assert "6/6" in shown
+    assert "frames/s" in shown
+
+
+def test_only_what_an_earlier_clip_has_left_is_removed(tmp_path):
+    out = tmp_path / "out"
+    (out / "masks").mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere.png"
+    elsewhere.write_text("keep")
+    old = ["masks/00099.png", "masks/123456.png", "masks/00007.png.partial"]
+    others = ["masks/1.png", "masks/00001.jpg", "masks/00001.png.txt", "masks/a00001.png", "00099.png"]
+    for name in old + others:
+        (out / name).write_text("earlier")
+    # A link is removed or replaced, never written through.
+    (out / "masks/00002.png").symlink_to(elsewhere)
+    write_results(str(out), small_clip(), ANSWER, full_masks())
+    for name in old:
+        assert not (out / name).exists()
+    for name in others:
+        assert (out / name).read_text() == "earlier"
+    assert elsewhere.read_text() == "keep"
+    assert Image.open(out / "masks/00002.png").getextrema() == (255, 255)
+
+
+@pytest.mark.parametrize("name", ["answer.json", "masks/00003.png", "overlay.webp"])
+@pytest.mark.parametrize("wrong", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError("encoder error -2"),
+])
+def test_a_full_disk_is_told_with_the_files_name_and_leaves_no_half_file(tmp_path, monkeypatch, name, wrong):
+    out = tmp_path / "out"
+    opened = results.whole_file
+
+    @contextmanager
+    def full(path):
+        with opened(path) as unfinished:
+            if path.endswith(name):
+                with open(unfinished, "wb") as file:
+                    file.write(b"half")
+                raise wrong
+            yield unfinished
+
+    monkeypatch.setattr(results, "whole_file", full)
+    with pytest.raises(OSError, match=f"cannot write .*{name} .*({wrong.strerror or wrong})"):
+        write_results(str(out), small_clip(), ANSWER, full_masks())
+    assert not (out / name).exists()
+    assert not list(out.rglob("*.partial"))
+    whole = sorted((out / "masks").iterdir())
+    assert len(whole) == dict(a=0, m=3, o=6)[name[0]]
+    for path in whole:
+        Image.open(path).load()
+
+
+def test_ctrl_c_keeps_the_masks_and_says_how_many(tmp_path, monkeypatch, capsys):
+    def stopping(*_):
+        for t, mask in enumerate(full_masks(11, 128, 128)):
+            if t == 4:
+                raise KeyboardInterrupt
+            yield 0, t, mask
+
+    monkeypatch.setattr(segment_program, "follow_answers", stopping)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        run_segment(out, "--index", 2)
+    assert stop.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"stopped: 4 of 11 masks are in {out}/masks"
+    assert len(written_masks(out)) == 4
+    assert not (out / "overlay.webp").exists()
+
+
+def durations(path):
+    """Milliseconds of each picture of an animation."""
+    image = Image.open(path)
+    times = []
+    for n in range(image.n_frames):
+        image.seek(n)
+        # Pictures are read on demand.
+        image.load()
+        times.append(image.info["duration"])
+    return times
+
+
+def test_an_animation_has_a_bounded_number_of_frames_and_lasts_as_long_as_the_clip(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "MOST_PICTURES", 8)
+    read = []
+
+    def picture(t):
+        read.append(t)
+        # Equal pictures would be joined.
+        return noise_picture(64, 48, t)
+
+    clip = Clip("c", Frames(picture, range(50)), "it", 12.5)
+    read.clear()
+    answer = Answer("", {17: "a", 31: "b"}, {17: [BOX], 31: [BOX]})
+    write_results(str(tmp_path), clip, answer, full_masks(50, 64, 48))
+    assert len(read) == 8
+    # Keyframes are among them.
+    assert {0, 17, 31, 49} <= set(read)
+    times = durations(tmp_path / "overlay.webp")
+    assert len(times) == 8
+    assert sum(times) == 4000
+    assert times[-1] == 80
+
+
+def test_an_animation_has_a_bounded_number_of_bytes(monkeypatch):
+    frames = {t: noise_picture(96, 96, t) for t in range(16)}
+    whole = animation(frames, 16, 4)
+    monkeypatch.setattr(pictures, "LARGEST_FILE", len(whole) // 3)
+    fewer = animation(frames, 16, 4)
+    assert len(fewer) <= len(whole) // 3
+    times = durations(io.BytesIO(fewer))
+    assert len(times) == 4
+    assert sum(times) == 4000
+
+
+@pytest.mark.parametrize("size, shown", [
+    ((40, 30), (400, 300)),
+    ((500, 400), (500, 400)),
+    ((1920, 1080), (640, 360)),
+    ((5000, 2), (640, 1)),
+])
+def test_pictures_of_an_animation_have_a_bounded_size(size, shown):
+    width, height = size
+    mask = np.zeros((height, width), bool)
+    mask[:, :width // 2] = True
+    drawn = overlay(blank(*size), mask, [(1, 0, 1, 0), (0, 0, width - 1, height - 1)])
+    assert drawn.size == shown
+
+
+# Segments T frames of 720p, for each T. Somebody else has answered. Prints the peak after each, in GB.
+LONG = """
+import resource, sys
+import torch
+from PIL import Image
+torch.set_num_threads(1)
+from benchmarks import results
+from data import Clip, Frames
+from segment import Answer, Tracker, follow_answers
+from trust.options import TOY_SAM2
+
+out, results.MOST_PICTURES, *lengths = sys.argv[1], *map(int, sys.argv[2:])
+tracker = Tracker.from_pretrained(None, TOY_SAM2)
+
+def picture(t):
+    return Image.new("RGB", (1280, 720), (t % 256, 90, 90))
+
+for T in lengths:
+    clip = Clip("long", Frames(picture, range(T)), "it", 24.0)
+    answer = Answer("", {5: "it"}, {5: [(400.0, 200.0, 700.0, 500.0)]})
+    masks = follow_answers(tracker, [clip], [answer])
+    results.write_results(out, clip, answer, (mask for _, _, mask in masks))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+def peaks(out, most_pictures, *lengths) -> list[float]:
+    """GB that a process takes for clips of these lengths, one after the other."""
+    command = [sys.executable, "-c", LONG, out, most_pictures, *lengths]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(written_masks(out)) == lengths[-1]
+    return [float(line) for line in done.stdout.splitlines()]
+
+
+def test_memory_does_not_grow_with_the_video(tmp_path):
+    """A mask of 720p has 0.9 MB, its frame 2.8 MB."""
+    short, long = peaks(tmp_path, 8, 12, 48)
+    assert long - short < 0.04
+
+
+@pytest.mark.slow
+def test_ten_minutes_of_720p_fit_into_2_gb(tmp_path):
+    peak, = peaks(tmp_path, results.MOST_PICTURES, 14_400)
+    assert peak < 2
+    assert (tmp_path / "overlay.webp").stat().st_size <= pictures.LARGEST_FILE
+    assert sum(durations(tmp_path / "overlay.webp")) == pytest.approx(600_000, abs=1000)

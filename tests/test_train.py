@@ -1,7 +1,10 @@
 """train.py: what is drawn, what a run writes, settings and their limits, how programs end on bad input."""
+import argparse
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import segment
 import train
+from benchmarks import check
 from benchmarks.toy import toy_clip
 from data import Clip, Frames, prompt_inputs
 from grpo import collect
@@ -24,9 +28,9 @@ from run.draw import Source, epoch_length, sample_loader, training_sources
 from run.log import Watch
 from run.processes import start_processes
 from run.settings import frame_range, read_settings, resumable_names, setting
-from tests.world import jpeg, run_program, settings_of, train_here, write_avi
+from tests.world import ROOT, jpeg, run_program, settings_of, train_here, write_avi
 from trust.errors import BadInput
-from trust.options import MOST_FRAMES, TOY_POLICY
+from trust.options import MOST_FRAMES, TOY_POLICY, Parser
 
 
 def read_rows(folder, name="run"):
@@ -473,6 +477,7 @@ def test_limits_and_resumable_stand_in_the_field_of_a_setting(capsys):
 
 def test_advice_yields_to_the_command_line(tmp_path):
     advice = '{"lr": 1, "steps": "7", "skip_equal": true, "group": 1}'
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "training.json").write_text(advice)
     settings = settings_of("--policy", tmp_path, "--group", 2)
     assert settings.lr == 1.0
@@ -481,12 +486,45 @@ def test_advice_yields_to_the_command_line(tmp_path):
     assert settings.group == 2
 
 
+# Settings that only the user has: what is read, written and used.
+BY_USER = {
+    "name", "overwrite", "resume", "policy", "system2", "sam2", "sam2_weights", "data", "data_root", "roots",
+    "seed", "device", "workers", "reference", "hybrid", "timeout_minutes", "keep", "plot_every", "plan",
+    "nproc", "prompt_tokens"}
+
+
+@pytest.mark.parametrize("name", sorted(BY_USER | {"revos_root"}))
+def test_a_policy_sets_nothing_that_is_read_or_written(name, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "training.json").write_text(json.dumps({"lr": 1, name: "1"}))
+    with pytest.raises(SystemExit) as stop:
+        settings_of("--policy", tmp_path)
+    assert stop.value.code == 2
+    line = capsys.readouterr().err
+    assert line == f"error: {tmp_path}/training.json: {name} is set by users alone, and not by a policy\n"
+
+
+def test_a_policy_may_set_the_rest():
+    rest = {
+        "validate", "frames", "video_tokens", "image_tokens", "steps", "batch", "accumulate", "updates", "lr",
+        "warmup", "weight_decay", "clip_norm", "lora_rank", "group", "max_new_tokens", "temperature", "top_p",
+        "top_k", "keyframe", "saliency", "alignment", "consistency", "clip_reward", "length_control", "beta",
+        "kl", "clip_low", "clip_high", "ratio", "average", "scale_by_std", "skip_equal", "dtype",
+        "checkpointing", "threads", "save_every"}
+    names = {field.name for field in dataclasses.fields(train.Settings)}
+    assert names - BY_USER == rest
+
+
 @pytest.mark.parametrize("words, value", [
     (["policy"], "policy"),
     (["reference", "a/b"], "reference a/b"),
     (["a.py"], "a.py"),
 ])
-def test_who_grounds_is_one_setting_of_some_words(words, value):
+def test_who_grounds_is_one_setting_of_some_words(words, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/config.json").touch()
+    (tmp_path / "a.py").touch()
     assert settings_of("--system2", *words, "--lr", 0).system2 == value
 
 
@@ -527,7 +565,7 @@ def bad_comparisons():
     cases = []
     for name in ("listed/training.json", "torn/training.json", "other.json", "worded.json", "scoreless.json",
                  "endless.json", "nowhere.json"):
-        line = f"eval.py --clips 2 --policy nowhere --against {name}"
+        line = f"eval.py --clips 2 --against {name}"
         cases.append((line.split(), name))
     return cases
 
@@ -542,7 +580,7 @@ BAD_ARGUMENTS = [
     (["train.py", "--lr", "fast"], "fast"),
     (["train.py", "--policy", "nowhere"], "nowhere"),
     (["train.py", "--sam2_weights", "nowhere.pt"], "nowhere"),
-    (["train.py", "--system2", "nowhere.py"], "no such file of a grounder: nowhere.py"),
+    (["train.py", "--system2", "nowhere.py"], "--system2: no such file: nowhere.py"),
     (["train.py", "--system2", "reference", "nowhere"], "nowhere"),
     (["train.py", "--system2", "somebody"], "--system2 somebody: must be "),
     (["train.py", "--data", "coco"], "coco"),
@@ -586,6 +624,7 @@ def broken_world(tmp_path_factory):
         limited='{"group": 1}')
     for name, advice in advised.items():
         (path / name).mkdir()
+        (path / name / "config.json").write_text("{}")
         (path / name / "training.json").write_text(advice)
     # Results of other samples than the first two, and of these without scores.
     first = {"name": "toy/test/0/0", "J&F": 50.0}
@@ -613,6 +652,69 @@ def test_programs_name_what_is_wrong_in_one_line(arguments, named, broken_world,
     assert stop.value.code == 2
     assert named in line
     assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize("line", [
+    "train.py --lrr 1", "train.py --lr fast", "train.py --group 1", "train.py --kl k4",
+    "train.py --data coco", "train.py --data toy,toy", "train.py --data revos", "train.py --policy nowhere",
+    "train.py --system2 who", "train.py --system2 nowhere.py", "train.py --sam2 nowhere",
+    "train.py --sam2_weights nowhere.pt",
+    "train.py --plan --policy nowhere", "eval.py --bench coco", "eval.py --split sun",
+    "eval.py --split test,test", "eval.py --bench revos", "eval.py --revos_root .",
+    "eval.py --policy nowhere", "eval.py --against nowhere", "eval.py --predictions nowhere",
+    "segment.py --video nowhere --query a",
+    "segment.py --video . --query a --sound .", "segment.py --frames 0", "data.py chek --bench toy",
+    "data.py check --bench coco", "data.py check --bench toy --split sun", "data.py show --bench revos",
+    "train.py --help", "eval.py --help", "segment.py --help", "data.py --help"])
+def test_a_wrong_option_is_told_before_anything_slow_is_imported(line, tmp_path):
+    program, *arguments = line.split()
+    command = [sys.executable, "-X", "importtime", ROOT / program, *arguments]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    imported = []
+    lines = []
+    for printed in told.stderr.splitlines():
+        if printed.startswith("import time:"):
+            imported.append(printed.rpartition("|")[2].strip())
+        else:
+            lines.append(printed)
+    assert "argparse" in imported
+    assert not {"torch", "numpy", "transformers", "scipy", "sam2", "PIL"} & set(imported)
+    if "--help" in line:
+        assert told.returncode == 0
+    else:
+        assert told.returncode == 2
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+
+
+@pytest.mark.parametrize("program", [train, evaluation, segment, check])
+def test_every_option_has_a_help_text_with_its_default(program, monkeypatch):
+    parsers = []
+
+    def keep(parser, *_):
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(Parser, "parse_args", keep)
+    with pytest.raises(SystemExit):
+        program.main([])
+    for action in parsers[0]._actions:
+        option = "".join(action.option_strings)
+        # Such as --revos_root, of which the help of --data_root speaks.
+        if action.help == argparse.SUPPRESS or not option or option == "-h--help":
+            continue
+        text = parsers[0]._get_formatter()._get_help_string(action)
+        assert len(action.help) > 8, option
+        without = action.required or action.default in (None, "")
+        assert without or "default: " in text, option
+
+
+def test_the_help_shows_the_advice_of_the_policy(capsys):
+    for policy, steps in ((TOY_POLICY, "45 by"), ("nowhere", "1000")):
+        with pytest.raises(SystemExit):
+            read_settings(train.Settings, "", ["--policy", policy, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"rolls out a batch and updates once (default: {steps}" in text
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

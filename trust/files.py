@@ -6,11 +6,14 @@ and a name from a dataset stays below its folder.
 import json
 import os
 import stat
+from contextlib import contextmanager
 
 from trust.errors import BadInput, reading
 
 # Bytes of a part of a name: file systems take 255, and we add endings.
 LONGEST_NAME = 200
+# The names of unfinished files and folders end with this.
+PARTIAL = ".partial"
 
 
 # ---- files -----------------------------------------------------------------------------------------
@@ -35,7 +38,7 @@ def read_json(path, kind: type = dict, encoding="utf-8-sig"):
     """The object (or, with kind=list, the list) in a JSON file. A byte order mark at its start is skipped.
 
     Raises FileNotFoundError or BadInput, naming the file; BadInput also for a key that an object has twice,
-    of which one would be lost without a word, and for numbers that are not finite.
+    of which one would be lost without a word, and for NaN and Infinity, which JSON does not have.
     """
     check_file(path)
     with reading(path), open(path, encoding=encoding) as file:
@@ -59,9 +62,22 @@ def no_number(text: str):
     raise ValueError(f"{text} is no number of JSON")
 
 
+@contextmanager
+def writing(path):
+    """Makes an OSError inside name the file at `path`, where it names none: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(f"cannot write {path} ({error.strerror or error})") from None
+        raise
+
+
 # ---- names that become paths -----------------------------------------------------------------------
 def check_name(name, where: str, slashes: bool = False) -> str:
     """A name from a dataset, unchanged. Raises BadInput where it could lead out of its folder.
+
+    It may not end as unfinished files do, either: these are removed.
 
     where    the name's place, for the message
     slashes  whether the name may have several parts, such as "a/b"
@@ -77,6 +93,8 @@ def check_name(name, where: str, slashes: bool = False) -> str:
                 problem = "leads out of its folder"
             elif len(part.encode("utf-8", "replace")) > LONGEST_NAME:
                 problem = f"is longer than {LONGEST_NAME} bytes"
+            elif part.endswith(PARTIAL):
+                problem = f"ends with {PARTIAL}, as unfinished files do"
     if problem:
         raise BadInput(f"the name {str(name)[:80]!r} {problem}: {where}")
     return name
@@ -100,5 +118,6 @@ def check_policy_folder(path) -> None:
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{path} is no directory; {POLICY_EXPECTED}")
     config = os.path.join(path, "config.json")
-    if not os.path.isfile(config):
+    if not os.path.lexists(config):
         raise FileNotFoundError(f"no such file: {config}; {POLICY_EXPECTED}")
+    check_file(config)

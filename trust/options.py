@@ -1,11 +1,14 @@
-"""Options of the programs. Nothing heavy is imported here, so that a typo is told at once."""
+"""Options that several programs share. Nothing slow is imported here, so that a typo is told at once."""
 import argparse
 import glob
+import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from trust.errors import fail
+from trust.errors import BadInput, fail
+from trust.files import check_file, check_policy_folder
 
 # ---- defaults that several programs share ---------------------------------------------------------
 ROOT = Path(__file__).parent.parent
@@ -15,9 +18,22 @@ TOY_SAM2 = str(ROOT / "toy/sam2/model.pt")
 MOST_FRAMES = 24    # most frames of a clip that System 1 sees
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every option, if it has one and its help does not speak of it."""
+
+    def _get_help_string(self, action):
+        known = action.default in (None, "", argparse.SUPPRESS) or "default: " in action.help
+        if known or not action.option_strings:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage before it."""
+    """An argument parser whose errors are one line, without the usage before it. No option is abbreviated."""
     place = ""    # where the arguments come from; the message begins with it
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **options)
 
     def error(self, message):
         sys.exit(fail(f"{self.place}{message}"))
@@ -63,17 +79,65 @@ class JoinWords(argparse.Action):
         setattr(namespace, self.dest, " ".join(values))
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `load_models` and `segment`, which eval.py shares."""
+def check_given(option: str, path: str, folder: bool = False) -> None:
+    """Raises FileNotFoundError or BadInput where the file that an option names is missing, or is no file.
+
+    folder: whether a folder will do.
+    """
+    if folder and os.path.isdir(path):
+        return
+    try:
+        check_file(path)
+    except FileNotFoundError:
+        kind = "file or folder" if folder else "file"
+        raise FileNotFoundError(f"--{option}: no such {kind}: {path}") from None
+    except BadInput as error:
+        raise BadInput(f"--{option}: {error}") from None
+
+
+# ---- options of the two systems --------------------------------------------------------------------
+def add_model_options(parser: Parser) -> None:
+    """The options of segment.load_models and segment.segment."""
     add = parser.add_argument
-    add("--policy", default=TOY_POLICY, help="directory of a Thinker, or of a full Qwen2.5-Omni")
+    add("--policy", default=TOY_POLICY, metavar="DIR", help="a Thinker, or a full Qwen2.5-Omni")
     add("--system2", nargs="+", action=JoinWords, default="policy", metavar="WHO",
         help="who grounds: policy, reference DIR (another Thinker), or FILE.py with a function boxes")
-    add("--sam2", help="config, a yaml file or a name inside the package sam2; default: by the weights")
-    add("--sam2_weights", default=TOY_SAM2)
+    add("--sam2", default="", metavar="CONFIG",
+        help="a yaml file, or a name inside the package sam2; empty: the one that belongs to the weights")
+    add("--sam2_weights", default=TOY_SAM2, metavar="FILE", help="weights of SAM2, a .pt file")
     add("--frames", type=at_least(1), default=MOST_FRAMES, help="most frames of a clip that System 1 sees")
     add("--video_tokens", type=at_least(0), default=0, help="visual tokens of a frame; 0: the policy's own")
     add("--image_tokens", type=at_least(0), default=0, help="visual tokens of a picture; 0: the policy's own")
-    add("--max_new_tokens", type=at_least(1), default=1024)
-    add("--device", type=device_name, default="auto",
-        help="cpu, cuda, or auto: cuda where there is one")
+    add("--max_new_tokens", type=at_least(1), default=1024, help="longest answer of System 1")
+    add("--device", type=device_name, default="auto", help="cpu, cuda, or auto: cuda where there is one")
+
+
+def check_models(options) -> None:
+    """Raises FileNotFoundError or BadInput where a file is missing that the two systems are made of."""
+    check_policy_folder(options.policy)
+    check_system2(options.system2)
+    if options.sam2:
+        check_sam2_config(options.sam2)
+    check_given("sam2_weights", options.sam2_weights)
+
+
+def reference_folder(system2: str) -> str:
+    """DIR of a System 2 by the name "reference DIR"; "" of any other."""
+    return system2.removeprefix("reference ") if system2.startswith("reference ") else ""
+
+
+def check_system2(name: str) -> None:
+    folder = reference_folder(name)
+    if folder:
+        check_policy_folder(folder)
+    elif name.endswith(".py"):
+        check_given("system2", name)
+    elif name != "policy":
+        raise BadInput(f"--system2 {name}: must be policy, reference DIR, or FILE.py")
+
+
+def check_sam2_config(config: str) -> None:
+    package = importlib.util.find_spec("sam2").submodule_search_locations[0]
+    places = config, os.path.join(package, config), os.path.join(package, "configs/sam2.1", f"{config}.yaml")
+    if not any(map(os.path.isfile, places)):
+        raise FileNotFoundError(f"no such SAM2 config: {config} (a yaml file, or a name in the package sam2)")
