@@ -3,8 +3,8 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 TOY ?= --clips 60
-# Two processes, a file of tests at a time.
-TESTS = -n 2 --dist loadfile test_all.py tests
+# Two processes, a file of tests at a time, the longest first.
+TESTS = -n 2 --dist loadfile --no-loadscope-reorder tests/test_run.py test_all.py tests
 
 # The toy's tensors are too small to share among threads. Freed memory stays with the process: fetched anew from the
 # system, page by page, it would cost a lot at every step.

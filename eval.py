@@ -31,7 +31,7 @@ from benchmarks import (
     tested_names,
 )
 from trust.errors import BadInput, fail, reading
-from trust.files import read_json
+from trust.files import read_json, writing
 from trust.options import (
     Parser,
     add_model_options,
@@ -160,10 +160,11 @@ def segment_batch(options, benchmark, samples, models, answers):
     policy, system2, processor, tracker = models
     found = answer_clips(policy, system2, processor, clips, options.max_new_tokens, options.frames)
     # Answers come before masks, because a sample with masks is never predicted again.
-    for sample, answer in zip(samples, found):
-        answers.write(json.dumps(dict(name=sample.name, query=sample.query) | vars(answer)) + "\n")
-        begin_prediction(options.out, sample)
-    answers.flush()
+    with writing(answers.name):
+        for sample, answer in zip(samples, found):
+            answers.write(json.dumps(dict(name=sample.name, query=sample.query) | vars(answer)) + "\n")
+            begin_prediction(options.out, sample)
+        answers.flush()
     # Masks are written as they come: all masks of a batch of long videos do not fit into memory.
     for c, t, mask in follow_answers(tracker, clips, found):
         write_frame(options.out, samples[c], t, mask)
@@ -424,7 +425,7 @@ def conclude(options, benchmark, samples, count, report, others):
 def write_json(value, path):
     """Writes a JSON file, which is complete at any time, even if several processes write it."""
     partial = f"{path}.partial{os.getpid()}"
-    with open(partial, "w") as file:
+    with writing(path), open(partial, "w") as file:
         json.dump(value, file, indent=1)
     os.replace(partial, path)
 

@@ -18,6 +18,7 @@ from benchmarks import (
     split_names,
 )
 from trust.errors import BadInput, fail, one_line
+from trust.files import writing
 from trust.options import MOST_FRAMES, Parser, at_least
 from trust.program import begin_program
 
@@ -214,8 +215,11 @@ def show(sample: Sample, out: str) -> None:
             if part["type"] == "text":
                 texts.append(part["text"])
     os.makedirs(out, exist_ok=True)
-    draw_sheet(clip, sample).save(os.path.join(out, "sample.png"))
-    with open(os.path.join(out, "prompt.txt"), "w", encoding="utf-8") as file:
+    path = os.path.join(out, "sample.png")
+    with writing(path):
+        draw_sheet(clip, sample).save(path)
+    path = os.path.join(out, "prompt.txt")
+    with writing(path), open(path, "w", encoding="utf-8") as file:
         file.write("\n\n".join(map(encodable, texts)) + "\n")
 
 
