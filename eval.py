@@ -38,6 +38,7 @@ from trust.options import (
     at_least,
     check_given,
     check_models,
+    check_out,
     reference_folder,
     true_or_false,
 )
@@ -74,6 +75,7 @@ def check_options(options):
     entry = find_entry(options.bench)
     split_names(entry, options.split or entry.tested)
     check_root(entry, chosen_root(entry, options))
+    check_out(options.out)
     if options.against:
         check_given("against", options.against)
     if options.predictions:

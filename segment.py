@@ -24,9 +24,10 @@ from trust.options import (
     at_least,
     check_given,
     check_models,
+    check_out,
     reference_folder,
 )
-from trust.program import begin_program
+from trust.program import begin_program, tell
 
 
 # ---- options of the program ------------------------------------------------------------------------
@@ -51,6 +52,7 @@ def read_options(arguments: list[str] | None = None):
         if options.sound:
             check_given("sound", options.sound)
         check_models(options)
+        check_out(options.out)
     except (OSError, BadInput) as error:
         sys.exit(fail(error))
     return options
@@ -184,6 +186,10 @@ def plugged(path: str) -> System2:
     return find_boxes
 
 
+# Boxes of one picture. Each is tracked by itself.
+MOST_BOXES = 256
+
+
 def check_boxes(answer, path) -> list[Box]:
     """What the function of a file returned, as boxes. NoBoxes where it is something else."""
     boxes = []
@@ -196,9 +202,12 @@ def check_boxes(answer, path) -> list[Box]:
             if not (-math.inf < x1 <= x2 < math.inf and -math.inf < y1 <= y2 < math.inf):
                 raise ValueError("no box")
             boxes.append((x1, y1, x2, y2))
+            if len(boxes) > MOST_BOXES:
+                raise ValueError("too many")
     except (TypeError, ValueError, OverflowError, RuntimeError):
         returned = " ".join(repr(answer)[:80].split())
-        raise NoBoxes(f"boxes() of {path} returned {returned}, not a list of (x1, y1, x2, y2)") from None
+        wanted = f"a list of at most {MOST_BOXES} (x1, y1, x2, y2)"
+        raise NoBoxes(f"boxes() of {path} returned {returned}, not {wanted}") from None
     return boxes
 
 
@@ -598,7 +607,8 @@ def group_requests(clips: list[Clip], boxes: list) -> list:
             for t, frame_boxes in completion.items():
                 for box in frame_boxes:
                     union.append(numbers.setdefault((t, box), len(numbers)))
-            unions.append(union)
+            # A box that is named twice is one object.
+            unions.append(list(dict.fromkeys(union)))
         objects = [{t: box} for t, box in numbers]
         requests.append((clip.frames, objects, unions))
     return requests
@@ -707,7 +717,7 @@ def main(arguments=None):
             clip.query = check_text(options.query, "--query")
         policy, system2, processor, tracker = load_models(options)
         answers = answer_clips(policy, system2, processor, [clip], options.max_new_tokens, options.frames)
-        print(f"query: {plain(clip.query)}\n{answers[0].text}\nboxes: {answers[0].boxes}", flush=True)
+        tell(f"query: {plain(clip.query)}\n{answers[0].text}\nboxes: {answers[0].boxes}")
         masks = follow_answers(tracker, [clip], answers)
         seen = write_results(options.out, clip, answers[0], (mask for _, _, mask in masks))
     except (OSError, BadInput) as error:
@@ -715,8 +725,8 @@ def main(arguments=None):
     except KeyboardInterrupt as stop:
         sys.exit(interrupted(stop))
     height, width = clip.size
-    print(f"written: {options.out}/answer.json, overlay.webp and {len(clip.frames)} masks of "
-          f"{width} x {height} pixels, {seen} of them not empty")
+    tell(f"written: {options.out}/answer.json, overlay.webp and {len(clip.frames)} masks of "
+         f"{width} x {height} pixels, {seen} of them not empty")
 
 
 if __name__ == "__main__":

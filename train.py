@@ -84,13 +84,21 @@ class Settings:
         "frames of a clip in training, at least and at most; their number is drawn for each sample",
         check=(frame_range, "one number, or two by a comma, the smaller one first"),
     )
-    video_tokens: int = setting(0, "visual tokens of a video's frame; 0: the policy's own, else 128", least=0)
-    image_tokens: int = setting(0, "visual tokens of a picture; 0: the policy's own, else 900", least=0)
+    video_tokens: int = setting(
+        0,
+        "visual tokens of a video's frame; 0: the policy's own, else 128",
+        least=0, most=16_384,
+    )
+    image_tokens: int = setting(
+        0,
+        "visual tokens of a picture; 0: the policy's own, else 900",
+        least=0, most=16_384,
+    )
     # How long and how fast
     steps: int = setting(1000, "steps; each rolls out a batch and updates once", least=1, resumable=True)
-    batch: int = setting(8, "prompts rolled out at once, over all processes (published: 8)", least=1)
-    accumulate: int = setting(1, "rollouts whose gradients add up to one step", least=1)
-    updates: int = setting(1, "optimizer steps on a batch; with 1, no ratio is clipped", least=1)
+    batch: int = setting(8, "prompts rolled out at once, over all processes", least=1, most=65_536)
+    accumulate: int = setting(1, "rollouts whose gradients add up to one step", least=1, most=65_536)
+    updates: int = setting(1, "optimizer steps on a batch; with 1, no ratio is clipped", least=1, most=1000)
     lr: float = setting(1e-6, "peak learning rate of AdamW", least=0)
     warmup: int = setting(10, "steps of linear warm-up, before a cosine down to 0", least=0)
     weight_decay: float = setting(0.01, "of AdamW", least=0)
@@ -99,11 +107,11 @@ class Settings:
         0,
         "of low-rank adapters, trained in place of the weights, which then are policy, reference and "
         "System 2 at once (they need a larger --lr); 0: none, all weights are trained",
-        least=0,
+        least=0, most=4096,
     )
     # Rollout
-    group: int = setting(8, "completions of a prompt, G", least=2)
-    max_new_tokens: int = setting(2048, "longest completion", least=1)
+    group: int = setting(8, "completions of a prompt, G", least=2, most=4096)
+    max_new_tokens: int = setting(2048, "longest completion", least=1, most=1_000_000)
     temperature: float = setting(1.0, "of sampling, and of the log-probabilities that are trained", above=0)
     top_p: float = setting(
         1.0,
@@ -148,11 +156,15 @@ class Settings:
         choices=["bfloat16", "float32"],
     )
     checkpointing: bool = setting(True, "whether activations are computed again in the backward pass")
-    threads: int = setting(0, "CPU threads of a process; 0: as torch chooses", least=0, resumable=True)
+    threads: int = setting(
+        0,
+        "CPU threads of a process; 0: as torch chooses",
+        least=0, most=1024, resumable=True,
+    )
     workers: int = setting(
         2,
         "worker processes of each training process, which prepare clips ahead of time; 0: none",
-        least=0, resumable=True, by_user=True,
+        least=0, most=128, resumable=True, by_user=True,
     )
     reference: str = setting(
         "device",

@@ -19,7 +19,7 @@ from benchmarks import (
 )
 from trust.errors import BadInput, fail, one_line
 from trust.files import writing
-from trust.options import MOST_FRAMES, Parser, at_least
+from trust.options import MOST_FRAMES, Parser, at_least, check_out
 from trust.program import begin_program
 
 DESCRIPTION = """check reads a dataset and names what is broken (exit code 1); show writes one sample as a
@@ -43,6 +43,8 @@ def read_options(arguments: list[str] | None = None):
         entry = find_entry(options.bench)
         if options.split is not None:
             split_names(entry, options.split)
+        if options.action != "check":
+            check_out(options.out)
         if options.action != "mini":
             check_root(entry, chosen_root(entry, options))
     except (OSError, BadInput) as error:

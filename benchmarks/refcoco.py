@@ -92,6 +92,8 @@ def read_reference(sample, ref, where, root, images, annotations):
     shape = require(annotation, "segmentation", f"annotation {number}, for {where}", (list, dict))
     file = check_name(require(image, "file_name", where, str), where)
     sample.video = os.path.splitext(file)[0]
+    # In pixels of this size are its polygons.
+    sample.truth["size"] = require(image, "height", where, int), require(image, "width", where, int)
     sample.names = [sample.video]
     sample.pictures = [os.path.join(root, IMAGES, file)]
     sample.objects = 1
@@ -143,6 +145,8 @@ def coco_mask(sample, shape, where, indices=None):
     Raises BadInput that names `where`.
     """
     width, height = sample.read_picture(sample.pictures[0]).size
+    if (height, width) != sample.truth["size"]:
+        raise BadInput(f"a picture of {width} x {height}, but its polygons are of another size: {where}")
     if isinstance(shape, dict):
         return rle_mask(shape, where, (height, width))[None, None]
     from pycocotools import mask as coco

@@ -17,6 +17,7 @@ from benchmarks.mini import encoded, put
 from benchmarks.samples import Benchmark, Sample, faults_of, require
 from benchmarks.toy import CANVAS, toy_scene
 from data import FPS, QUESTION_FORMS, SAMPLE_RATE, answer_text, check_text
+from rewards import parse_number
 from trust.errors import BadInput
 from trust.files import check_name, read_json
 
@@ -61,6 +62,12 @@ def read_question(sample, item, root, where):
     solution = check_text(require(item, "solution", where), f"the solution in {where}").strip()
     if "<answer>" in solution:
         solution = check_text(answer_text(solution), f"the answer in the solution in {where}")
+    # No answer could be right.
+    fitting = [option for option in options if option.strip().startswith(solution)]
+    if sample.kind == "multiple choice" and not fitting:
+        raise BadInput(f"the solution {solution[:80]!r} is none of the options in {where}")
+    if sample.kind in ("numerical", "regression") and parse_number(solution) is None:
+        raise BadInput(f"the solution {solution[:80]!r} is no number in {where}")
     sample.truth = dict(type=sample.kind, options=options, solution=solution)
 
 

@@ -104,16 +104,18 @@ def read_runs(out: str, settings) -> list[tuple[Path, dict, str]]:
     if settings.overwrite:
         return []
     runs = []
-    for folder in [Path(out, "policy"), *sorted(Path(out).glob("step-??????"), reverse=True)]:
-        if not (folder / "run.json").exists():
-            continue
+    folders = sorted(Path(out).glob("step-??????"), reverse=True)
+    if Path(out, "policy", "run.json").exists():
+        folders.insert(0, Path(out, "policy"))
+    for folder in folders:
         try:
             run = read_run(folder)
             # A policy of fewer steps has no state to continue from.
             if folder.name != "policy" or run["step"] >= settings.steps:
                 runs.append((folder, run, ""))
-        except BadInput as error:
-            runs.append((folder, {}, str(error)))
+        # A folder has its name only when it is complete, so what is missing was there.
+        except (OSError, BadInput) as error:
+            runs.append((folder, {}, f"{folder} is damaged ({error})"))
     return runs
 
 
@@ -177,22 +179,17 @@ def own_checksums(partial: str, rank: int) -> dict[str, str]:
 
 
 def find_damage(folder: Path, rank: int, world: int) -> str:
-    """What is wrong with a checkpoint, in this process's share of the files; "" for nothing.
-
-    Checkpoints of earlier versions have no checksums.
-    """
+    """What is wrong with a checkpoint, in this process's share of the files; "" for nothing."""
     try:
-        if (folder / "checksums.json").exists():
-            sums = read_json(folder / "checksums.json")
-            for name in sorted(sums)[rank::world]:
-                file = folder / check_name(name, f"{folder}/checksums.json", slashes=True)
-                check_file(file)
-                if checksum(file) != sums[name]:
-                    return f"{file} is damaged: it is not what was saved"
-        if folder.name != "policy" and rank == 0:
-            lines = (folder / "metrics.jsonl").read_bytes().count(b"\n")
-            if f"step-{lines:06d}" != folder.name:
-                return f"{folder}/metrics.jsonl is damaged: it has {lines} lines"
+        sums = read_json(folder / "checksums.json")
+        there = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+        for name in sorted(there - sums.keys() - {"checksums.json"}):
+            return f"{folder} is damaged: {name} is none of its files"
+        for name in sorted(sums)[rank::world]:
+            file = folder / check_name(name, f"{folder}/checksums.json", slashes=True)
+            check_file(file)
+            if checksum(file) != sums[name]:
+                return f"{file} is damaged: it is not what was saved"
     except (OSError, BadInput) as error:
         return f"{folder} is damaged ({error})"
     return ""

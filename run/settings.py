@@ -13,8 +13,11 @@ import sys
 
 from benchmarks import add_roots, check_root, dataset_root, roots_given, trained_entries
 from trust.errors import BadInput, fail
-from trust.files import check_policy_folder, read_json
+from trust.files import LONGEST_NAME, check_policy_folder, read_json
 from trust.options import JoinWords, Parser, check_models, true_or_false
+
+# No whole number is larger, unless a setting says so. Counts beyond it overflow somewhere.
+MOST = 1_000_000_000
 
 
 def setting(
@@ -32,7 +35,8 @@ def setting(
 ):
     """A field of the dataclass of settings.
 
-    least, above, most  limits of a number; `most` goes with one of the others. A float is always finite.
+    least, above, most  limits of a number; `most` goes with one of the others. A float is always finite, a
+                        whole number at most MOST.
     choices     the values that a string can have
     resumable   whether a run that is continued may have another value
     by_user     whether only the user sets it, and no policy's training.json: what is read, written and used
@@ -61,13 +65,14 @@ def changed_settings(settings) -> str:
 
 # ---- checks of settings: setting(..., check=(test, what it must be)) --------------------------------
 def is_folder_name(text: str) -> bool:
-    """The plain name of a folder."""
-    return text not in ("", ".", "..") and os.path.basename(text) == text and text.isprintable()
+    """The plain name of a folder, which a file system takes."""
+    plain = text not in ("", ".", "..") and os.path.basename(text) == text and text.isprintable()
+    return plain and len(text.encode()) <= LONGEST_NAME
 
 
 def is_counts(text: str) -> bool:
     """Whole numbers from 1 on, by commas."""
-    return all(part.isdecimal() and int(part) for part in text.split(","))
+    return all(part.isdecimal() and 0 < int(part) <= MOST for part in text.split(","))
 
 
 def frame_range(text: str) -> tuple[int, int]:
@@ -194,7 +199,8 @@ def broken_limit(field: dataclasses.Field, value) -> str:
             passes = test(value)
         except ValueError:
             passes = False
-    elif most is not None and least is not None:
+    elif least is not None and (most is not None or field.type is int):
+        most = most or MOST
         passes = least <= value <= most
         wanted = f"from {least} to {most}"
     elif most is not None:

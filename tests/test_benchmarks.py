@@ -869,6 +869,20 @@ REFCOCO_FAULTS = [
 ]
 
 
+def test_polygons_of_a_picture_of_another_size_are_named(copy, capsys):
+    root = copy("refcoco")
+    path = root / INSTANCES
+    value = json.loads(path.read_text())
+    for image in value["images"]:
+        image["height"] = 64
+    path.write_text(json.dumps(value))
+    code, broken, _ = run_check("refcoco", "val", root, capsys)
+    assert code == 1
+    assert all("not 64 x 128 pixels" in line for line in broken)
+    with pytest.raises(BadInput, match="its polygons are of another size"):
+        read("refcoco", "val", root)[0].read_masks()
+
+
 @pytest.mark.parametrize("file, damage, message", REFCOCO_FAULTS)
 def test_check_names_a_fault_of_refcoco(file, damage, message, copy, capsys):
     root = copy("refcoco")
@@ -1140,6 +1154,9 @@ NO_QUESTIONS = [
     (put_at(3, "solution", value=" "), "the solution in .* is empty"),
     (put_at(3, "solution", value="<answer> </answer>"), "the answer in the solution in .* is empty"),
     (put_at(3, "solution", value="<answer>B"), "the answer in the solution in .* is empty"),
+    (put_at(0, "solution", value="<answer>Z</answer>"), "the solution 'Z' is none of the options"),
+    (put_at(0, "options", value=[]), "is none of the options"),
+    (put_at(1, "solution", value="<answer>1e999</answer>"), "the solution '1e999' is no number"),
     (drop(3, "solution"), "no 'solution' in"),
 ]
 
@@ -1153,7 +1170,7 @@ def test_an_odd_question_is_named_and_left_out(damage, message, copy, capsys):
     assert len(kept) == 9
     assert len(dropped) == 1
     assert re.search(message, dropped[0])
-    assert "Video-R1-260k.json: item 3" in dropped[0]
+    assert re.search("Video-R1-260k.json: item [013]", dropped[0])
 
 
 def short_sound(path):

@@ -544,21 +544,14 @@ def test_a_finished_run_goes_on_with_more_steps_and_a_damaged_checkpoint_is_name
     assert "continues at step 6 from out/more/step-000006" in capsys.readouterr().out
     assert log_lines(tmp_path, "more") == 7
 
-    # Its state is cut off, and there are no checksums to tell.
+    # Its state is cut off.
     checkpoint = tmp_path / "out/more/step-000007"
-    (checkpoint / "checksums.json").unlink()
     (state,) = (checkpoint / "state").glob("*.distcp")
     state.write_bytes(state.read_bytes()[:100])
-    for damage in (nothing_else, shutil.rmtree):
-        damage(checkpoint / "state")
-        with pytest.raises(SystemExit) as stop:
-            train.main([*command, "8"])
-        assert stop.value.code == 2
-        assert "step-000007/state is damaged or incomplete; once" in capsys.readouterr().err
-    # As the message advises.
-    shutil.rmtree(checkpoint)
     train.main([*command, "8"])
-    assert "continues at step 6 from out/more/step-000006" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{state.relative_to(tmp_path)} is damaged" in printed
+    assert "continues at step 6 from out/more/step-000006" in printed
     assert outcome(tmp_path, "more")[0][-1]["step"] == 7
 
 
@@ -588,12 +581,10 @@ DAMAGES = [
     ("metrics.jsonl", cut_off, "is not what was saved"),
     ("run.json", without_settings, "its 'settings' is missing"),
     ("run.json", lambda file: file.write_text("[]"), "a dict expected"),
+    ("run.json", Path.unlink, "no such file"),
     ("checksums.json", lambda file: file.write_text("{"), "cannot use"),
-]
-OLDER_DAMAGES = [
-    ("run.json", without_settings, "its 'settings' is missing"),
-    ("metrics.jsonl", cut_off, "it has 5 lines"),
-    ("metrics.jsonl", Path.unlink, "metrics.jsonl"),
+    ("checksums.json", lambda file: file.write_text("{}"), "none of its files"),
+    ("checksums.json", Path.unlink, "no such file"),
 ]
 
 
@@ -612,18 +603,13 @@ def found(folder, capsys):
     return checkpoint.name, earlier["step"], capsys.readouterr().out
 
 
-@pytest.mark.parametrize("with_sums", [True, False])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
-        straight, tmp_path, alone, capsys, with_sums):
-    for i, (name, damage, line) in enumerate(DAMAGES if with_sums else OLDER_DAMAGES):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(straight, tmp_path, alone, capsys):
+    for i, (name, damage, line) in enumerate(DAMAGES):
         out = shutil.copytree(straight / "out/straight1", tmp_path / str(i))
-        newest = out / "step-000006"
-        if not with_sums:
-            (newest / "checksums.json").unlink()
-        damage(newest / name)
+        damage(out / "step-000006" / name)
         taken, step, printed = found(out, capsys)
         assert (taken, step) == ("step-000003", 3)
-        assert f"step-000006/{name}" in printed
+        assert "step-000006" in printed
         assert line in printed
         assert "falls back to" in printed
         assert (out / "step-000006.damaged").exists()

@@ -124,13 +124,14 @@ NO_BOXES = [
     "[(5, 2, 1, 4)]",
     "[1, 2, 3, 4]",
     "[(0, 0, 1, float('nan'))]",
+    "[(0, 0, 1, 1)] * 1000",
 ]
 
 
 @pytest.mark.parametrize("result", NO_BOXES)
 def test_what_a_plugged_function_returns_is_checked(tmp_path, result):
     path = grounder(tmp_path, f"def boxes(image, description):\n    return {result}\n")
-    message = r"boxes\(\) of .*mine.py returned .*, not a list of \(x1, y1, x2, y2\)"
+    message = r"boxes\(\) of .*mine.py returned .*, not a list of at most 256 \(x1, y1, x2, y2\)"
     with pytest.raises(BadInput, match=message):
         plugged(path)([blank()], ["dog"])
 

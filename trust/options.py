@@ -95,6 +95,15 @@ def check_given(option: str, path: str, folder: bool = False) -> None:
         raise BadInput(f"--{option}: {error}") from None
 
 
+def check_out(folder: str) -> None:
+    """Raises BadInput where the folder of --out cannot be made or written to."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not folder or not os.path.isdir(place) or not os.access(place, os.W_OK):
+        raise BadInput(f"--out {folder!r}: no folder that can be written to")
+
+
 # ---- options of the two systems --------------------------------------------------------------------
 def add_model_options(parser: Parser) -> None:
     """The options of segment.load_models and segment.segment."""

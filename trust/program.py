@@ -39,6 +39,12 @@ def say(line: str) -> None:
         print(f"\n{line}", file=sys.stderr, flush=True)
 
 
+def tell(text: str) -> None:
+    """Prints a text on stdout. A full disk or a reader that has gone is no error: files are what counts."""
+    with suppress(OSError):
+        print(text, flush=True)
+
+
 def end_with_parent(parent: int) -> None:
     """Ends this process when its parent, of this process id, does, however that dies."""
     # Linux does it at once. The number is that of PR_SET_PDEATHSIG.
