@@ -42,6 +42,10 @@ from trust.files import POLICY_EXPECTED, check_file, check_name, read_json
 from trust.policy import check_thinker, read_policy_config
 from trust.weights import check_stored, check_weight
 
+# torch 2.11 prefers cuDNN's attention on an H100 or H200: it plans every new length anew, up to half a second
+# each, and is known to err with few key/value heads.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # Patches that the vision tower sees at once. Bounds its activations: 0.9 GB for an MLP of the 7B.
 VISION_PATCHES = 65536
 # Padded prompt tokens computed at once before generation. Bounds its activations.
@@ -167,7 +171,8 @@ class Cache:
         so there it grows to the next power of two.
         """
         self.length.fill_(length)
-        self.ahead[length] = False
+        # A slice: one element would be copied from the host, which waits for the device at every token.
+        self.ahead[length:length + 1] = False
         if length < self.span:
             return
         if recorded:

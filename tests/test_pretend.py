@@ -27,7 +27,7 @@ from trust.options import TOY_POLICY
 # ---- what is counted -------------------------------------------------------------------------------
 # Today's waits of a call, by their places. Most of them could go: lower the numbers with the code.
 LAYERS = read_config(Path(TOY_POLICY)).text_config.num_hidden_layers
-A_TOKEN = {"model.py:advance": 1}            # ahead[length] = False
+A_TOKEN = {}
 A_LOOK_AT_ENDS = {"model.py:rows_to_keep": 1}
 # The end tokens, the suppressed ones, which places lie beyond a prompt; the completions come back.
 A_GENERATION = {"model.py:generate": 2, "model.py:suppressed": 1, "model.py:__init__": 1}
