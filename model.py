@@ -909,8 +909,10 @@ def read_shards(path, shapes, dtype, device):
                         # The file is mapped into memory. A copy does not keep the mapping alive.
                         weights[name] = shard.get_tensor(stored).to(device, dtype, copy=True)
                         check_weight(weights[name], name, file)
-        # The second where the memory is too small.
-        except (SafetensorError, RuntimeError) as error:
+        except SafetensorError as error:
             message = f"not a safetensors file: {file} ({one_line(error)}); incomplete download?"
             raise BadInput(message) from None
+        # Such as a full memory.
+        except RuntimeError as error:
+            raise BadInput(f"cannot load {file} onto {device} ({one_line(error)})") from None
         yield weights

@@ -25,6 +25,7 @@ from trust.options import (
     check_given,
     check_models,
     check_out,
+    check_system2,
     reference_folder,
 )
 from trust.program import begin_program, tell
@@ -226,15 +227,14 @@ def load_system2(name: str, policy: Thinker, processor: Processor, dtype: torch.
 
     Raises FileNotFoundError or BadInput, naming what is missing or unknown.
     """
+    check_system2(name)
     if name == "policy":
         return thinker_system2(policy, processor)
     folder = reference_folder(name)
     if folder:
         reference = Thinker.from_pretrained(folder, dtype, device)
         return thinker_system2(reference, processor)
-    if name.endswith(".py"):
-        return plugged(name)
-    raise BadInput(f"--system2 {name}: must be policy, reference DIR, or FILE.py")
+    return plugged(name)
 
 
 # ---- SAM2: boxes on keyframes -> masks on every frame ----------------------------------------------
@@ -623,12 +623,6 @@ class Answer:
     boxes: dict          # {frame: [boxes in source pixels]}
 
 
-@dataclass
-class Segmented(Answer):
-    """The answer, and what SAM2 makes of it."""
-    masks: np.ndarray    # bool [T, H, W]
-
-
 def answer_clips(
     policy: Thinker,
     system2: System2,
@@ -662,21 +656,6 @@ def follow_answers(tracker: Tracker, clips: list[Clip], answers: list[Answer]):
     requests = group_requests(clips, [[answer.boxes] for answer in answers])
     for c, t, (mask,) in tracker.follow(requests):
         yield c, t, mask
-
-
-def segment(
-    policy: Thinker,
-    system2: System2,
-    processor: Processor,
-    tracker: Tracker,
-    clips: list[Clip],
-    max_new_tokens: int = 1024,
-    most_frames: int = MOST_FRAMES,
-) -> list[Segmented]:
-    """`answer_clips` and all masks of B clips, held at once: for long videos see `follow_answers`."""
-    answers = answer_clips(policy, system2, processor, clips, max_new_tokens, most_frames)
-    tracked = track_groups(tracker, clips, [[answer.boxes] for answer in answers])
-    return [Segmented(**vars(answer), masks=masks) for answer, (masks,) in zip(answers, tracked)]
 
 
 # ---- the program -----------------------------------------------------------------------------------

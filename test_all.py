@@ -32,9 +32,9 @@ from rewards import TERMS, combine, reward_terms, vos_rewards
 from run.draw import read_any, training_sources
 from run.log import Watch
 from run.plan import memory_plan
-from segment import ground, segment, to_source, track_groups
+from segment import ground, to_source, track_groups
 from tests.conftest import copy, data_root, minis, systems  # noqa: F401
-from tests.world import ROOT, evaluate_here, run_program, settings_of, train_here
+from tests.world import ROOT, evaluate_here, run_program, segment, settings_of, train_here
 from trust.options import TOY_POLICY
 
 README = (ROOT / "README.md").read_text()

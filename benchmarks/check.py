@@ -246,12 +246,11 @@ def draw_sheet(clip, sample):
 
 
 def draw_target(clip, t, width, height):
-    """Frame t of that size. The target is a little redder, in a white outline with a dark edge."""
+    """Frame t of that size. The target keeps its colours, in a white outline with a dark edge."""
     picture = clip.frames[t].resize((width, height), Image.BICUBIC)
     if clip.masks is not None:
         mask = Image.fromarray(clip.masks[:, t].any(0)).convert("L")
         mask = mask.resize((width, height), Image.NEAREST)
-        picture.paste(Image.blend(picture, Image.new("RGB", picture.size, (255, 0, 0)), 0.2), mask=mask)
         outer = mask.filter(ImageFilter.MaxFilter(7))
         outline = mask.filter(ImageFilter.MaxFilter(5))
         picture.paste(INK, mask=subtract(outer, outline))

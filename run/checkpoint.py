@@ -157,7 +157,7 @@ def put_aside(problems: dict, whole: Path) -> None:
 
 # ---- checksums -------------------------------------------------------------------------------------
 def checksum(file: Path) -> str:
-    """SHA-256 of a file: 1 to 2 GB a second."""
+    """SHA-256 of a file: about 1 GB a second."""
     digest = hashlib.sha256()
     with open(file, "rb") as content:
         while block := content.read(1 << 24):

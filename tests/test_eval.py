@@ -20,8 +20,7 @@ from benchmarks.predictions import prediction_folder, read_prediction, write_pre
 from benchmarks.samples import Sample
 from benchmarks.toy import CANVAS, toy_clip
 from eval import visible_share
-from segment import segment
-from tests.world import evaluate_here, run_program
+from tests.world import evaluate_here, run_program, segment
 from trust.options import TOY_POLICY
 
 # An answer in the right format.

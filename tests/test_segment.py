@@ -5,6 +5,7 @@ Letters: N objects of a clip, G completions, T frames, H W pixels.
 import errno
 import io
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -33,12 +34,11 @@ from segment import (
     ground,
     load_system2,
     plugged,
-    segment,
     thinker_system2,
     to_source,
     track_groups,
 )
-from tests.world import ROOT, naming, noise_picture
+from tests.world import ROOT, naming, noise_picture, segment
 from trust.errors import BadInput
 from trust.options import TOY_POLICY, TOY_SAM2
 from trust.sam2_config import build_sam2, find_config
@@ -169,15 +169,17 @@ def test_another_thinker_grounds(systems, monkeypatch):
     assert boxes == systems.system2(pictures, [RED])
 
 
-def test_another_thinker_is_loaded_as_the_policy_is(systems, monkeypatch):
+def test_another_thinker_is_loaded_as_the_policy_is(systems, monkeypatch, tmp_path):
     loaded = []
 
     def from_pretrained(*arguments):
         loaded.append(arguments)
 
     monkeypatch.setattr(Thinker, "from_pretrained", from_pretrained)
-    by_name("reference some where", systems, torch.bfloat16, "cuda:1")
-    assert loaded == [("some where", torch.bfloat16, "cuda:1")]
+    folder = tmp_path / "some where"
+    shutil.copytree(TOY_POLICY, folder)
+    by_name(f"reference {folder}", systems, torch.bfloat16, "cuda:1")
+    assert loaded == [(str(folder), torch.bfloat16, "cuda:1")]
 
 
 def test_a_file_grounds(systems, monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ from data import Processor
 from grpo import Systems
 from model import Thinker
 from run.settings import read_settings
-from segment import Tracker, thinker_system2
+from segment import Tracker, answer_clips, thinker_system2, track_groups
 from trust.errors import BadInput
 from trust.options import TOY_POLICY, TOY_SAM2
 from trust.sam2_config import find_config
@@ -35,6 +35,14 @@ SMALL_FILES = shutil.ignore_patterns("*.safetensors*")
 
 # Remembers scenes, where the toy world draws them again.
 seen_scene = functools.lru_cache(toy_scene)
+
+
+# ---- both systems on clips -------------------------------------------------------------------------
+def segment(policy, system2, processor, tracker, clips, **options):
+    """Answers to B clips with all masks at once: text, keyframes, boxes, and masks bool [T, H, W]."""
+    answers = answer_clips(policy, system2, processor, clips, **options)
+    tracked = track_groups(tracker, clips, [[answer.boxes] for answer in answers])
+    return [SimpleNamespace(**vars(answer), masks=masks) for answer, (masks,) in zip(answers, tracked)]
 
 
 # ---- toy systems -----------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def check_models(options) -> None:
     check_policy_folder(options.policy)
     check_system2(options.system2)
     if options.sam2:
-        check_sam2_config(options.sam2)
+        sam2_config_file(options.sam2)
     check_given("sam2_weights", options.sam2_weights)
 
 
@@ -145,8 +145,16 @@ def check_system2(name: str) -> None:
         raise BadInput(f"--system2 {name}: must be policy, reference DIR, or FILE.py")
 
 
-def check_sam2_config(config: str) -> None:
-    package = importlib.util.find_spec("sam2").submodule_search_locations[0]
-    places = config, os.path.join(package, config), os.path.join(package, "configs/sam2.1", f"{config}.yaml")
-    if not any(map(os.path.isfile, places)):
-        raise FileNotFoundError(f"no such SAM2 config: {config} (a yaml file, or a name in the package sam2)")
+def sam2_config_file(config: str) -> Path:
+    """A SAM2 config by its path, or by its name inside the package sam2.
+
+    Raises FileNotFoundError where there is none.
+    """
+    # The package is found, but not imported.
+    package = Path(importlib.util.find_spec("sam2").submodule_search_locations[0])
+    published = package / "configs/sam2.1"
+    for path in (Path(config), package / config, published / f"{config}.yaml"):
+        if path.exists():
+            return path
+    known = ", ".join(sorted(path.stem for path in published.glob("*.yaml")))
+    raise FileNotFoundError(f"no such SAM2 config: {config} (a yaml file, or one of: {known})")

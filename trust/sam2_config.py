@@ -4,13 +4,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
-import sam2
 import yaml
 from omegaconf import OmegaConf
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from trust.errors import BadInput, one_line
 from trust.files import check_file
+from trust.options import sam2_config_file
 
 # What SAM2's own video predictor adds to its configs. A config's own values win. The predictor's filling of
 # holes is left out, because it needs a compiled extension.
@@ -61,14 +61,9 @@ def build_sam2(config):
 
     Raises FileNotFoundError or BadInput, naming the file.
     """
-    package = Path(sam2.__file__).parent
-    places = Path(config), package / config, package / f"configs/sam2.1/{config}.yaml"
-    files = [path for path in places if path.exists()]
-    if not files:
-        known = ", ".join(sorted(path.stem for path in package.glob("configs/sam2.1/*.yaml")))
-        raise FileNotFoundError(f"no such SAM2 config: {config} (a yaml file, or one of: {known})")
-    settings = read_settings(files[0])
-    with describing(files[0]), at_most(MOST_WEIGHTS):
+    file = sam2_config_file(config)
+    settings = read_settings(file)
+    with describing(file), at_most(MOST_WEIGHTS):
         return hydra.utils.instantiate(settings).eval()
 
 
