@@ -25,22 +25,22 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2_5OmniThinkerConfig
+from transformers import AttentionInterface, Qwen2_5OmniThinkerConfig
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
     Qwen2_5OmniAudioEncoder,
     Qwen2_5OmniVisionEncoder,
 )
 
 from data import Inputs, sound_tokens
-from trust.errors import BadInput, one_line, reading
-from trust.files import POLICY_EXPECTED, check_file, check_name, read_json
+from trust.errors import BadInput, reading
+from trust.files import POLICY_EXPECTED
 from trust.policy import check_thinker, read_policy_config
-from trust.weights import check_stored, check_weight
+from trust.weights import read_shards
 
 # torch 2.11 prefers cuDNN's attention on an H100 or H200: it plans every new length anew, up to half a second
 # each, and is known to err with few key/value heads.
@@ -64,6 +64,8 @@ PROMPT_ONLY = (
 )
 # Decode steps between two looks at which rows have ended. Each look waits for the device.
 FINISH_CHECK = 8
+# The prefix in a cache is padded to a multiple of so many tokens.
+PREFIX_MULTIPLE = 64
 # Own tokens that a recorded decode step looks at. Doubled whenever they are full.
 SHORTEST_SPAN = 128
 
@@ -151,7 +153,8 @@ class Cache:
         self.n = n
         self.span = 0  # own tokens that a step looks at
         B = len(lengths)
-        P = max(lengths)
+        # Rows that begin at aligned addresses let a GPU use its fast kernels.
+        P = -(-max(lengths) // PREFIX_MULTIPLE) * PREFIX_MULTIPLE
         L = config.num_hidden_layers
         K = config.num_key_value_heads
         d = config.hidden_size // config.num_attention_heads
@@ -229,13 +232,13 @@ def similarity(q, k):
 class Prefill(Rows):
     """Rows that leave their keys and values in a cache, for the prompts at `index`."""
     cache: Cache
-    index: list[int]
+    index: Tensor  # (B,) int64
 
     def attend(self, layer, q, k, v):
         """As Rows.attend."""
         for part, x in enumerate((k, v)):
             x = split_rows(x, self.count)  # (B, K, S, d)
-            self.cache.prefix[layer, part, self.index, :, :x.shape[2]] = x
+            self.cache.prefix[layer, part][self.index, :, :x.shape[2]] = x
         return super().attend(layer, q, k, v)
 
 
@@ -364,7 +367,7 @@ class Adapted(nn.Linear):
         if not self.on:
             return y
         low = F.linear(x, self.down.to(x.dtype))  # (N, rank)
-        return y + 2 * F.linear(low, self.up.to(x.dtype))
+        return torch.addmm(y, low, self.up.to(x.dtype).T, alpha=2)
 
     def merged(self) -> Tensor:
         """The weight of one plain linear map with the same output."""
@@ -519,6 +522,8 @@ class Decoder:
         tokens = tokens.flatten()
         # The first step is not recorded, because libraries initialise themselves in it.
         if self.recorder and c > 0 and size != self.recorded_size:
+            # The old recording goes first. Newer torch frees memory with it that the new one would use.
+            self.recording = None
             self.recording = self.recorder(self.compute, tokens, positions)
             self.recorded_size = size
         run = self.recording or self.compute
@@ -529,6 +534,33 @@ class Decoder:
         x = thinker.model.embed_tokens(tokens)  # (R, D)
         hidden = thinker.model(x, positions, self.cache)
         return head_logits(hidden, thinker.lm_head.weight, self.suppressed)
+
+
+# ---- the towers on a GPU ---------------------------------------------------------------------------
+def attend_windows(module, q, k, v, *, scaling, cu_seq_lens_q, max_length_q, **_):
+    """Attention within all windows of a tower at once: q, k, v (1, H, N, d) -> (1, N, H, d).
+
+    transformers calls its default once for each window, thousands of times a picture. It gives these
+    arguments to an attention with "flash" in its name. cu_seq_lens_q: int32, where windows begin, and N.
+    """
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (N, H, d)
+    ends = cu_seq_lens_q
+    out = varlen_attn(q, k, v, ends, ends, max_length_q, max_length_q, scale=scaling)
+    return out[None], None
+
+
+AttentionInterface.register("flash_windows", attend_windows)
+
+
+def speed_up_towers(thinker: "Thinker", dtype: torch.dtype) -> None:
+    """Computes the towers as a GPU likes it, with the same results up to rounding."""
+    embed = thinker.visual.patch_embed
+    # A convolution whose windows do not overlap. cuDNN is slow at it.
+    embed.forward = lambda x: F.linear(x, embed.proj.weight.flatten(1))
+    # The kernel takes no float32.
+    if dtype == torch.bfloat16:
+        for tower in (thinker.visual, thinker.audio_tower):
+            tower.config._attn_implementation = "flash_windows"
 
 
 # ---- the whole -------------------------------------------------------------------------------------
@@ -770,7 +802,8 @@ class Thinker(nn.Module):
         for index in prefill_batches(lengths):
             x = [self.look_up(prompts[i])[:-1] for i in index]
             positions = [prompts[i].positions[:, :-1] for i in index]
-            self.run_rows(x, positions, Prefill(len(index), cache, index))
+            places = torch.tensor(index, device=self.device)
+            self.run_rows(x, positions, Prefill(len(index), cache, places))
         return cache
 
     # -- checkpoints -------------------------------------------------------------------------------
@@ -805,6 +838,8 @@ class Thinker(nn.Module):
         if missing:
             raise BadInput(f"{path} lacks {len(missing)} of the Thinker's weights, "
                            f"the first is {missing[0]}; {POLICY_EXPECTED}")
+        if torch.device(device).type == "cuda":
+            speed_up_towers(model, dtype)
         return model
 
     def save_pretrained(
@@ -859,7 +894,6 @@ def prefill_batches(lengths):
     return batches
 
 
-# ---- reading a checkpoint --------------------------------------------------------------------------
 def read_config(path: Path) -> Qwen2_5OmniThinkerConfig:
     """The Thinker's part of config.json. transformers translates old spellings of the rotary settings.
 
@@ -871,48 +905,3 @@ def read_config(path: Path) -> Qwen2_5OmniThinkerConfig:
         config = Qwen2_5OmniThinkerConfig.from_dict(thinker)
         check_thinker(config, PROMPT_ONLY, file)
     return config
-
-
-def weight_files(path):
-    """The files that should hold a directory's weights. Raises FileNotFoundError where it has none."""
-    index = path / "model.safetensors.index.json"
-    single = path / "model.safetensors"
-    if index.is_file():
-        listing = read_json(index)
-        with reading(index):
-            names = {check_name(name, str(index)) for name in listing["weight_map"].values()}
-            return [path / name for name in sorted(names)]
-    if single.is_file():
-        return [single]
-    raise FileNotFoundError(f"{path} holds no weights; "
-                            f"expected {single.name}, or {index.name} and its shards")
-
-
-def read_shards(path, shapes, dtype, device):
-    """The Thinker's weights, {name: tensor} of one file after the other, without the prefix "thinker.".
-
-    shapes: of the Thinker's weights by their names. The full model's other parts (talker, token2wav) are left
-    out. Raises FileNotFoundError or BadInput, naming the file.
-    """
-    for file in weight_files(path):
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing, though model.safetensors.index.json names it: "
-                                    f"incomplete download?")
-        check_file(file)
-        weights = {}
-        try:
-            with safe_open(file, framework="pt") as shard:
-                for stored in shard.keys():
-                    if not stored.startswith(("talker.", "token2wav.")):
-                        name = stored.removeprefix("thinker.")
-                        check_stored(shard.get_slice(stored), name, shapes.get(name), file)
-                        # The file is mapped into memory. A copy does not keep the mapping alive.
-                        weights[name] = shard.get_tensor(stored).to(device, dtype, copy=True)
-                        check_weight(weights[name], name, file)
-        except SafetensorError as error:
-            message = f"not a safetensors file: {file} ({one_line(error)}); incomplete download?"
-            raise BadInput(message) from None
-        # Such as a full memory.
-        except RuntimeError as error:
-            raise BadInput(f"cannot load {file} onto {device} ({one_line(error)})") from None
-        yield weights

@@ -152,7 +152,8 @@ class Settings:
     )
     dtype: str = setting(
         "bfloat16",
-        "of computation; sharded weights and optimizer are float32",
+        "of computation; sharded weights and optimizer are float32. On a GPU, float32 is for models as small "
+        "as the toy: its attention there takes tens of GB for a prompt of the 7B",
         choices=["bfloat16", "float32"],
     )
     checkpointing: bool = setting(True, "whether activations are computed again in the backward pass")
@@ -227,7 +228,15 @@ from grpo import Systems, accumulate_gradients, collect, judge, left_out, read_k
 from model import Thinker, adapters_off, add_adapters
 from rewards import total_rewards
 from run.checkpoint import check_place, find_checkpoint, only_one, remove_old, restore, save
-from run.draw import epoch_length, hold_out, read_clip, sample_loader, take_items, training_sources
+from run.draw import (
+    epoch_length,
+    from_shared_memory,
+    hold_out,
+    read_clip,
+    sample_loader,
+    take_items,
+    training_sources,
+)
 from run.guard import guard
 from run.log import Watch, identity, patient_output, plot, start_log, step_metrics, throughput
 from run.plan import print_plan
@@ -295,7 +304,7 @@ def train(settings, rank, world, device, watch):
     run |= dict(step=start, nonfinite_in_a_row=earlier["nonfinite_in_a_row"], validation=None)
 
     loader = sample_loader(sources, systems.processor, settings, start, rank, world)
-    samples = take_items(iter(loader))
+    samples = take_items(map(from_shared_memory, iter(loader)))
     bar = tqdm(range(start, settings.steps), settings.name, settings.steps, initial=start, disable=rank != 0,
                mininterval=1.0)
     for step in bar:
@@ -383,11 +392,14 @@ def rest_reference(reference, settings, dtype, device):
 def start_optimizer(policy, settings):
     """AdamW with a state like that of its first step, so that a state to save or load always exists."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay)
+    # Without temporary tensors as large as the weights. It counts steps on the device.
+    fused = trained[0].is_cuda
+    optimizer = torch.optim.AdamW(trained, settings.lr, weight_decay=settings.weight_decay, fused=fused)
     for p in trained:
         first = torch.zeros_like(p)
         second = torch.zeros_like(p)
-        optimizer.state[p] = dict(step=torch.tensor(0.0), exp_avg=first, exp_avg_sq=second)
+        step = torch.zeros((), device=p.device if fused else "cpu")
+        optimizer.state[p] = dict(step=step, exp_avg=first, exp_avg_sq=second)
     return optimizer
 
 

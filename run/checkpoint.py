@@ -307,7 +307,7 @@ def save(
     for name, whole in whole_weights(systems.policy):
         # One weight at a time is whole on the devices, and only rank 0 keeps them, in host memory.
         if rank == 0:
-            weights[name] = whole.to("cpu", systems.reference.dtype, copy=True)
+            weights[name] = whole.to(systems.reference.dtype).to("cpu", copy=True)
     problem = None
     try:
         if rank == 0:

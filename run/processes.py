@@ -23,10 +23,11 @@ def start_processes(device: str, minutes: float = 30.0) -> tuple[int, int, torch
     Collectives time out after 2 x minutes. `guard` reports first, because it knows the phase.
     """
     backend = "gloo"
+    own = None
     if device == "cuda":
         backend = "nccl"
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(own)
     if "RANK" in os.environ:
         timeout = timedelta(minutes=2 * minutes)
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
@@ -34,10 +35,11 @@ def start_processes(device: str, minutes: float = 30.0) -> tuple[int, int, torch
         # own the new start could read the addresses of dead processes there.
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=own)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=own)
+    return dist.get_rank(), dist.get_world_size(), own or torch.device(device)
 
 
 def sums_over_processes(values: dict, device: torch.device) -> dict[str, float]:

@@ -5,6 +5,8 @@ K key/value heads, d width of a head, V vocabulary.
 """
 import json
 import shutil
+import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +33,7 @@ from model import (
     in_batches,
     prefill_batches,
     read_config,
+    speed_up_towers,
     token_logprobs,
     truncate,
 )
@@ -338,6 +341,17 @@ def test_a_prompts_samples_do_not_depend_on_the_batch(reference, thinker, monkey
         assert alone == [group]
 
 
+def test_padding_of_the_cache_changes_no_token(reference, thinker, monkeypatch):
+    prompts = prompts_of(thinker, reference)
+    seeds = [3, 4, 5, 6, 7]
+    assert thinker.prefill(prompts, 2, 20).prefix.shape[4] % 64 == 0
+    padded = generate_ids(thinker, prompts, 2, 20, seeds=seeds)
+    monkeypatch.setattr(model_file, "PREFIX_MULTIPLE", 1)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    assert thinker.prefill(prompts, 2, 20).prefix.shape[4] == longest - 1
+    assert generate_ids(thinker, prompts, 2, 20, seeds=seeds) == padded
+
+
 def test_prefill_batches_keep_the_limit(monkeypatch):
     monkeypatch.setattr(model_file, "PREFILL_TOKENS", 100)
     lengths = [50, 10, 120, 40, 50]
@@ -369,7 +383,7 @@ def test_decoding_is_as_exact_in_bf16_as_one_pass_of_attention():
     exact = [x.float() for x in tokens]
 
     cache = Cache([P], 1, 4, config, like=tokens[0])
-    Prefill(1, cache, [0]).attend(0, *prefix)
+    Prefill(1, cache, torch.tensor([0])).attend(0, *prefix)
     cache.advance(0, recorded=False)
     decoded = cache.attend(0, *new).float()
     once = Rows(1).attend(0, *tokens)[P:].float()
@@ -384,15 +398,19 @@ class Traced(Recorded):
     In it all but the arguments is a constant: a number as it was, and a tensor as the place where it lies.
     """
     made = []
+    newest = None  # a weak reference to the newest recording
 
     def __init__(self, function, *arguments):
-        self.made.append(self)
+        assert self.newest is None or self.newest() is None, "the old recording is still there"
+        Traced.newest = weakref.ref(self)
         self.arguments = [x.clone() for x in arguments]
-        trace = make_fx(lambda: function(*self.arguments))()
-        self.result = trace().clone()
+        self.made.append(len(self.arguments[0]))
+        trace = make_fx(partial(function, *self.arguments))()
+        result = trace().clone()
+        self.result = result
 
         def replay():
-            self.result.copy_(trace())
+            result.copy_(trace())
         self.graph = SimpleNamespace(replay=replay)
 
 
@@ -410,7 +428,7 @@ def test_a_recorded_step_gives_the_same_tokens(reference, thinker, monkeypatch):
     monkeypatch.setitem(model_file.RECORDERS, "cpu", Traced)
     Traced.made.clear()
     assert generate_ids(thinker, prompts, 6, 40, **options) == wanted
-    rows = [len(recording.arguments[0]) for recording in Traced.made]
+    rows = Traced.made
     assert len(rows) >= 3
     assert rows == sorted(rows, reverse=True)
     assert rows[0] == 18
@@ -499,6 +517,42 @@ def test_tokens_are_drawn_by_their_probability(temperature, top_k, shares):
     drawn = draw_tokens(logits, generators, n, alive, temperature, top_k, 1.0)
     found = drawn.bincount(minlength=4) / n
     assert_close(found, torch.tensor(shares), rtol=0, atol=0.015)
+
+
+# ---- the towers on a GPU ---------------------------------------------------------------------------
+def attend_by_window(q, k, v, ends, same_ends, longest, same_longest, scale):
+    """What the kernel of a GPU computes: q, k, v (N, H, d) -> (N, H, d)."""
+    assert ends is same_ends
+    assert ends.dtype == torch.int32
+    windows = list(zip(ends.tolist(), ends.tolist()[1:]))
+    assert windows[-1][1] == len(q)
+    assert max(end - start for start, end in windows) == longest == same_longest
+    out = []
+    for start, end in windows:
+        scores = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[start:end]))
+    return torch.cat(out)
+
+
+def test_towers_give_the_same_in_one_call_a_layer(reference, thinker, monkeypatch):
+    kinds = ["image", "video with sound"]
+    wanted = prompts_of(thinker, reference, kinds)
+    calls = []
+
+    def attend(*arguments, **options):
+        calls.append(1)
+        return attend_by_window(*arguments, **options)
+
+    monkeypatch.setattr(model_file, "varlen_attn", attend)
+    thinker.visual.patch_embed.proj.register_forward_hook(lambda *_: pytest.fail("a convolution"))
+    speed_up_towers(thinker, torch.float32)
+    prompts_of(thinker, reference, kinds)
+    assert not calls
+    speed_up_towers(thinker, torch.bfloat16)
+    found = prompts_of(thinker, reference, kinds)
+    assert len(calls) == len(thinker.visual.blocks) + len(thinker.audio_tower.layers)
+    for prompt, other in zip(found, wanted):
+        assert_close(prompt.media, other.media, atol=1e-5)
 
 
 # ---- adapters and shards ---------------------------------------------------------------------------

@@ -26,12 +26,11 @@ from trust.options import TOY_POLICY
 
 # ---- what is counted -------------------------------------------------------------------------------
 # Today's waits of a call, by their places. Most of them could go: lower the numbers with the code.
-LAYERS = read_config(Path(TOY_POLICY)).text_config.num_hidden_layers
 A_TOKEN = {}
 A_LOOK_AT_ENDS = {"model.py:rows_to_keep": 1}
 # The end tokens, the suppressed ones, which places lie beyond a prompt; the completions come back.
 A_GENERATION = {"model.py:generate": 2, "model.py:suppressed": 1, "model.py:__init__": 1}
-A_PREFILL = {"model.py:attend": 2 * LAYERS}  # prefix[layer, part, list] = x
+A_PREFILL = {"model.py:prefill": 1}  # which prompts a batch has
 A_PROMPT = {"model.py:embed": 6, "model.py:check_count": 2}
 # Inside the towers, mostly lengths of windows.
 A_VISION_BATCH = {"model.py:see": 19}
@@ -53,12 +52,12 @@ A_STEP = {"run/processes.py:sums_over_processes": 6}
 AN_ADAPTER = {"model.py:__init__": 1}
 # Weights, as often as there are.
 LOADING = {
-    "model.py:read_shards", "model.py:from_pretrained", "segment.py:from_pretrained",
+    "trust/weights.py:read_shards", "model.py:from_pretrained", "segment.py:from_pretrained",
     "trust/weights.py:check_weight"}
 
 # Kernels of a decode step of the 7B, without and with adapters.
 KERNELS = 1081
-KERNELS_WITH_ADAPTERS = 2257
+KERNELS_WITH_ADAPTERS = 1865
 
 # (where a function is, its name): waits of each of its calls.
 WAITS = {

@@ -24,7 +24,7 @@ from benchmarks.toy import toy_clip
 from data import Clip, Frames, prompt_inputs
 from grpo import collect
 from rewards import TERMS
-from run.draw import Source, epoch_length, sample_loader, training_sources
+from run.draw import Source, epoch_length, from_shared_memory, sample_loader, training_sources
 from run.log import Watch
 from run.processes import start_processes
 from run.settings import frame_range, read_settings, resumable_names, setting
@@ -100,6 +100,34 @@ def tasks_of(steps):
         task, = {task for _, task, _, _ in step}
         tasks.append(task)
     return tasks
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("objects", [None, 2])
+def test_pictures_and_masks_come_through_shared_memory(workers, objects):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(256, size=(3, 8, 6, 3), dtype=np.uint8)
+    masks = None
+    if objects:
+        # A view that is not one block of memory.
+        masks = (rng.random((objects, 6, 8, 6)) > 0.5)[:, ::-2]
+
+    def read(item, rng):
+        return Clip("clip", Frames(lambda t: Image.fromarray(pixels[t]), range(3)), "red", masks=masks)
+
+    settings = settings_of("--batch", 1, "--workers", workers, "--steps", 2)
+    loader = sample_loader((Source("vos", [0], read),), BLIND, settings, 0, 0, 1)
+    for clip, _, _ in map(from_shared_memory, loader):
+        assert clip.frames.read.tensor.is_shared() == (workers > 0)
+        for t in range(3):
+            assert np.array_equal(np.asarray(clip.frames[t]), pixels[t])
+        assert np.array_equal(clip.frames.pick([2])[0], pixels[2])
+        assert clip.size == (8, 6)
+        if masks is None:
+            assert clip.masks is None
+        else:
+            assert isinstance(clip.masks, np.ndarray)
+            assert np.array_equal(clip.masks, masks)
 
 
 def test_an_epoch_draws_every_clip_once_whatever_the_number_of_processes():
