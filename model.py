@@ -142,7 +142,7 @@ class SharedPrefix:
 class Cache:
     """Keys and values for n rows of each of B prompts. A prompt's prefix is kept once, whatever n is.
 
-    What changes at every token (length, ahead) is kept in tensors, so that a step can be recorded.
+    What changes at every token (length, hidden) is kept in tensors, so that a step can be recorded.
     """
 
     def __init__(self, lengths, n, room, config, like):
@@ -161,11 +161,12 @@ class Cache:
         # Zeros, not empty: what lies beyond a prompt's end gets weight 0, and 0 times a stray NaN is NaN.
         self.prefix = like.new_zeros(L, 2, B, K, P, d)
         self.own = like.new_zeros(L, 2, B, K, n, room, d)
-        # How many tokens each row has, and which places of a row are still empty.
+        # How many tokens each row has.
         self.length = like.new_zeros(1, dtype=torch.int64)
-        self.ahead = like.new_ones(room, dtype=torch.bool)
-        beyond = torch.arange(P) >= torch.tensor(lengths)[:, None]  # (B, P)
-        self.beyond = beyond.to(like.device)[:, None, None]         # (B, 1, 1, P)
+        # Which places hold nothing: beyond a prompt's end, and what a row has not reached yet.
+        hidden = torch.ones(B, P + room, dtype=torch.bool)
+        hidden[:, :P] = torch.arange(P) >= torch.tensor(lengths)[:, None]
+        self.hidden = hidden.to(like.device)[:, None, None, None]  # (B, 1, 1, 1, P + room)
 
     def advance(self, length, recorded):
         """Makes room for one more token after `length`.
@@ -175,12 +176,13 @@ class Cache:
         """
         self.length.fill_(length)
         # A slice: one element would be copied from the host, which waits for the device at every token.
-        self.ahead[length:length + 1] = False
+        place = self.prefix.shape[4] + length
+        self.hidden[..., place:place + 1] = False
         if length < self.span:
             return
         if recorded:
             power = 1 << length.bit_length()
-            self.span = min(len(self.ahead), max(SHORTEST_SPAN, power))
+            self.span = min(self.own.shape[5], max(SHORTEST_SPAN, power))
         else:
             self.span = length + 1
 
@@ -201,31 +203,28 @@ class Cache:
         own_k, own_v = own[..., :self.span, :]                # (B, K, n, span, d)
 
         # The queries of all n rows are folded into one matrix: the prefix is read once, not n times.
-        to_prefix = similarity(q.flatten(2, 3), prefix_k)  # (B, K, n r, P)
-        to_prefix = to_prefix.masked_fill_(self.beyond, -torch.inf)
-        to_prefix = to_prefix.unflatten(2, (self.n, -1))   # (B, K, n, r, P)
-        to_own = similarity(q, own_k)                      # (B, K, n, r, span)
-        to_own = to_own.masked_fill_(self.ahead[:self.span], -torch.inf)
-        weights = torch.cat([to_prefix, to_own], dim=-1)
-        weights = weights.softmax(-1).to(q.dtype)
+        to_prefix = products(q.flatten(2, 3), prefix_k)   # (B, K, n r, P)
+        to_prefix = to_prefix.unflatten(2, (self.n, -1))  # (B, K, n, r, P)
+        to_own = products(q, own_k)                       # (B, K, n, r, span)
+        scores = torch.cat([to_prefix, to_own], dim=-1) * d ** -0.5
+        scores = scores.masked_fill_(self.hidden[..., :P + self.span], -torch.inf)
+        weights = scores.softmax(-1).to(q.dtype)
         on_prefix, on_own = weights.split([P, self.span], dim=-1)
         from_prefix = on_prefix.flatten(2, 3) @ prefix_v     # (B, K, n r, d)
         out = from_prefix.view(q.shape) + on_own @ own_v     # (B, K, n, r, d)
         return out.transpose(1, 2).reshape(B * self.n, -1, d)
 
 
-def similarity(q, k):
-    """Scaled products (…, a, b), fp32, of q (…, a, d) and k (…, b, d).
+def products(q, k):
+    """Dot products (…, a, b), fp32, of q (…, a, d) and k (…, b, d).
 
     A plain matmul would round them to bf16, by up to 1/256 of themselves. Then the policy that samples would
     not be the policy that is trained.
     """
     if q.is_cuda:
         product = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).mT, out_dtype=torch.float32)
-        product = product.view(*q.shape[:-1], -1)
-    else:
-        product = q.float() @ k.float().mT
-    return product * q.shape[-1] ** -0.5
+        return product.view(*q.shape[:-1], -1)
+    return q.float() @ k.float().mT
 
 
 @dataclass
