@@ -1,5 +1,6 @@
 # make demo: train on the toy world and evaluate before and after.   make test: the tests.
-# make test-all: the slow ones as well.   All set up .venv first.
+# make test-all: the slow ones as well.   make gpu: what only a GPU can show, in ten minutes.
+# All set up .venv first.
 PYTHON ?= python3
 PY = .venv/bin/python
 TOY ?= --clips 60
@@ -33,4 +34,8 @@ test: .venv/installed
 test-all: .venv/installed
 	$(PY) -m pytest -q $(TESTS) -m "slow or not slow"
 
-.PHONY: demo test test-all
+# Such as GPU="--shape 3b --minutes 20".
+gpu: .venv/installed
+	$(PY) speed/gpu.py $(GPU)
+
+.PHONY: demo test test-all gpu

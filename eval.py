@@ -42,6 +42,7 @@ from trust.options import (
     reference_folder,
     true_or_false,
 )
+from trust.plugged import NoBoxes
 from trust.program import begin_program
 
 
@@ -112,7 +113,7 @@ from benchmarks.predictions import (
 )
 from benchmarks.samples import Benchmark, Sample, load
 from rewards import format_reward
-from segment import NoBoxes, answer_clips, chosen_device, follow_answers, load_models
+from segment import answer_clips, chosen_device, follow_answers, load_models
 
 ANSWER_COLUMNS = ("visible", "format")
 

@@ -37,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import TASKS, Clip, Inputs, Processor, frames_to_ground
 from model import Prompt, Thinker
 from rewards import reward_terms, total_rewards
-from segment import System2, Tracker, ground, track_groups
+from segment import System2, Tracker, ground, track_similarity
 
 
 # ---- the algorithm: advantages, divergence, loss ---------------------------------------------------
@@ -224,19 +224,20 @@ def judge(systems: Systems, clips: list[Clip], inputs: list[Inputs], texts, boxe
 
     texts and boxes: B lists over completions; boxes are {frame: boxes in source pixels}.
     """
-    # 5. SAM2 tracks all boxes at once, if the reward looks at masks. All clips of a batch have the same task.
+    # 5. SAM2 tracks all boxes at once, if the reward looks at masks: at their J [T], no more. All clips of a
+    # batch have the same task.
     watch.begin("masks")
     if settings.consistency and TASKS[clips[0].task].tracked:
-        tracked = track_groups(systems.tracker, clips, boxes)
+        similarity = track_similarity(systems.tracker, clips, boxes)
     else:
-        tracked = [[None] * len(group) for group in texts]
+        similarity = [[None] * len(group) for group in texts]
 
     # 6. Reward terms.
     watch.begin("rewards")
     terms = []
     for i, clip in enumerate(clips):
         scale = inputs[i].scale
-        answers = zip(texts[i], boxes[i], tracked[i])
+        answers = zip(texts[i], boxes[i], similarity[i])
         terms.append([reward_terms(clip, scale, *answer) for answer in answers])
     return terms
 

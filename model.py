@@ -189,8 +189,9 @@ class Cache:
     def keep(self, staying):
         """Forgets all rows of each prompt but `staying` (B, m)."""
         self.n = staying.shape[1]
-        # The axes of `own`: L, 2, B, K, n, room, d.
-        self.own = self.own.take_along_dim(staying[None, None, :, None, :, None, None], dim=4)
+        # The axes of `own`: L, 2, B, K, n, room, d. take_along_dim would write the index out, 8 bytes for 2.
+        index = staying[None, None, :, None, :, None, None]
+        self.own = self.own.gather(4, index.expand_as(self.own[..., :self.n, :, :]))
 
     def attend(self, layer, q, k, v):
         """One new token per row: q (B n, H, d), k and v (B n, K, d) -> (B n, H, d)."""

@@ -99,10 +99,13 @@ def region_similarity(pred, true) -> np.ndarray:
     pred, true: [T, H, W], bool or 0 and anything else (0/255). Raises ValueError where their shapes differ.
     """
     pred, true = mask_pair(pred, true)
-    shared = (pred & true).sum((1, 2))    # [T]
-    union = (pred | true).sum((1, 2))     # [T]
-    iou = shared / np.maximum(union, 1)
-    return np.where(union > 0, iou, 1.0)
+    return overlap((pred & true).sum((1, 2)), (pred | true).sum((1, 2)))
+
+
+def overlap(shared, united) -> np.ndarray:
+    """IoU of masks by the numbers of pixels, of any shape, in both and in either; 1 where there are none."""
+    iou = shared / np.maximum(united, 1)
+    return np.where(united > 0, iou, 1.0)
 
 
 def mask_pair(pred, true) -> tuple[np.ndarray, np.ndarray]:
@@ -120,20 +123,21 @@ def vos_rewards(
     text: str,
     masks: np.ndarray,
     boxes: Boxes,
-    tracked: np.ndarray | None,
+    similarity: np.ndarray | None,
     fps: float = FPS,
 ) -> Terms:
     """All terms of one completion on one clip, by name (TERMS).
 
-    masks    bool [O, T, H, W]: the true mask of each object. For a null reference, O is 0 or all are empty.
-    boxes    System 2's boxes on keyframes. Boxes on other frames are ignored.
-    tracked  bool [T, H, W]: union of the masks that SAM2 tracked from the boxes. None if SAM2 was not run:
-             without a box the prediction is empty then, and with one consistency is 0.
-    fps      frames per second at which the clip was shown to the model.
+    masks       bool [O, T, H, W]: the true mask of each object. For a null reference, O is 0 or all are
+                empty.
+    boxes       System 2's boxes on keyframes. Boxes on other frames are ignored.
+    similarity  J [T] of the masks that SAM2 tracked from the boxes, united (`region_similarity`). None if
+                SAM2 was not run: without a box the prediction is empty then, and with one consistency is 0.
+    fps         frames per second at which the clip was shown to the model.
 
     Raises ValueError, naming the shapes, where they do not fit together.
     """
-    masks, tracked = check_masks(masks, tracked)
+    masks = check_masks(masks, similarity)
     terms = dict.fromkeys(TERMS, 0.0)
     null = not masks.any()
     if null and is_null(answer_text(text)):
@@ -162,23 +166,18 @@ def vos_rewards(
     terms["alignment"] = alignment_term(masks, chosen)
     allowed = 0 if null else objects
     terms["mismatch"] = mismatch_term(chosen, allowed, objects)
-    terms["consistency"] = consistency_term(masks.any(0), tracked, any_box)
+    terms["consistency"] = consistency_term(masks, similarity, any_box)
     return terms
 
 
-def check_masks(masks, tracked):
-    """Both as bool arrays (no copy where they are), or ValueError."""
+def check_masks(masks, similarity):
+    """The masks as bool (no copy where they are), or ValueError where the similarity is not theirs."""
     masks = np.asarray(masks, dtype=bool)
-    shape = None
-    fits = masks.ndim == 4 and 0 not in masks.shape[1:]
-    if tracked is not None:
-        tracked = np.asarray(tracked, dtype=bool)
-        shape = tracked.shape
-        fits = fits and shape == masks.shape[1:]
-    if not fits:
-        raise ValueError(f"masks {masks.shape} must be [O, T, H, W] with T, H, W > 0, and tracked {shape} "
-                         f"must be None or the same [T, H, W]")
-    return masks, tracked
+    shape = None if similarity is None else np.shape(similarity)
+    if masks.ndim != 4 or 0 in masks.shape[1:] or shape not in (None, masks.shape[1:2]):
+        raise ValueError(f"masks {masks.shape} must be [O, T, H, W] with T, H, W > 0, and similarity {shape} "
+                         f"must be None or [T]")
+    return masks
 
 
 def base_term(moments: list[Moment], visible: np.ndarray) -> float:
@@ -259,13 +258,14 @@ def mismatch_term(boxes: Boxes, allowed: int, objects: int) -> float:
     return -0.5 * surplus / objects / len(boxes)
 
 
-def consistency_term(true: np.ndarray, tracked: np.ndarray | None, any_box: bool) -> float:
-    """R_G: J of the masks [T, H, W] of SAM2, mean over frames; a frame where both are empty counts 1."""
-    if tracked is None:
+def consistency_term(masks: np.ndarray, similarity: np.ndarray | None, any_box: bool) -> float:
+    """R_G: J of SAM2's masks, mean over frames; a frame where they and the true ones are empty counts 1."""
+    if similarity is None:
         if any_box:
             return 0.0
-        tracked = np.zeros_like(true)
-    return float(region_similarity(tracked, true).mean())
+        # J of the empty prediction.
+        similarity = ~masks.any((0, 2, 3))
+    return float(similarity.mean())
 
 
 # ---- task "avs": the first frame and the sound -----------------------------------------------------
@@ -462,19 +462,19 @@ def reward_terms(
     scale: tuple[float, float],
     text: str,
     boxes: Boxes,
-    tracked: np.ndarray | None,
+    similarity: np.ndarray | None,
 ) -> Terms:
     """Every reward term of one completion by name, and whether it could not be used at all (`malformed`).
 
-    scale    source pixels per pixel of the picture that System 1's own boxes are in, (x, y).
-    tracked  bool [T, H, W]: SAM2's masks; None if it was not run.
+    scale       source pixels per pixel of the picture that System 1's own boxes are in, (x, y).
+    similarity  J [T] of SAM2's masks; None if it was not run.
 
     Raises ValueError for an unknown task.
     """
     answer = answer_text(text)
     truth = clip.truth
     if clip.task == "vos":
-        terms = vos_rewards(text, clip.masks, boxes, tracked, clip.fps)
+        terms = vos_rewards(text, clip.masks, boxes, similarity, clip.fps)
         readable = is_null(answer) or bool(boxes)
     elif clip.task == "avs":
         terms = dict(first_box=first_frame_reward(answer, boxes, clip.masks))

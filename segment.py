@@ -6,17 +6,13 @@ As a program it segments one video, a file or a folder of frames. Without --vide
 
     python segment.py --video V --query Q --policy DIR --sam2_weights FILE --out DIR
 """
-import importlib.util
-import math
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 from trust.errors import BadInput, fail
-from trust.files import check_file
 from trust.options import (
     MOST_FRAMES,
     Parser,
@@ -28,6 +24,7 @@ from trust.options import (
     check_system2,
     reference_folder,
 )
+from trust.plugged import inside_picture, plugged
 from trust.program import begin_program, tell
 
 
@@ -86,12 +83,9 @@ from data import (
     prompt_inputs,
 )
 from model import Thinker
+from rewards import overlap
 from trust.sam2_config import build_sam2, find_config
 from trust.weights import load_weights
-
-
-class NoBoxes(BadInput):
-    """The function of a plugged file returned something else. It would do so for any sample."""
 
 
 # Pictures at source size and descriptions, one each -> boxes in source pixels of each picture.
@@ -154,72 +148,14 @@ def thinker_system2(thinker: Thinker, processor: Processor, max_new_tokens: int 
     return find_boxes
 
 
-def plugged(path: str) -> System2:
-    """System 2 by the function `boxes` of a Python file:
-
-        def boxes(image: PIL.Image, description: str) -> list of (x1, y1, x2, y2) in pixels of the image
-
-    Raises FileNotFoundError without the file and BadInput without the function. Calls raise NoBoxes where
-    the function returns anything else. The file is the user's own program: nothing keeps it from anything.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no such file of a grounder: {path}")
-    check_file(path)
-    spec = importlib.util.spec_from_file_location("grounder", path)
-    if spec is None:
-        raise BadInput(f"not a Python file: {path}")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses in the file look for their module there.
-    sys.modules["grounder"] = module
-    # The file's own errors pass unchanged, for its author.
-    spec.loader.exec_module(module)
-    function = getattr(module, "boxes", None)
-    if not callable(function):
-        raise BadInput(f"no function boxes(image, description) in: {path}")
-
-    def find_boxes(pictures, descriptions):
-        boxes = []
-        for picture, description in zip(pictures, descriptions):
-            answer = check_boxes(function(picture, description), path)
-            size = picture.height, picture.width
-            boxes.append([to_source(box, (1.0, 1.0), size) for box in answer])
-        return boxes
-    return find_boxes
-
-
-# Boxes of one picture. Each is tracked by itself.
-MOST_BOXES = 256
-
-
-def check_boxes(answer, path) -> list[Box]:
-    """What the function of a file returned, as boxes. NoBoxes where it is something else."""
-    boxes = []
-    try:
-        for box in answer:
-            # Of text, each letter would be a number.
-            if isinstance(box, (str, bytes)):
-                raise TypeError("text")
-            x1, y1, x2, y2 = map(float, box)
-            if not (-math.inf < x1 <= x2 < math.inf and -math.inf < y1 <= y2 < math.inf):
-                raise ValueError("no box")
-            boxes.append((x1, y1, x2, y2))
-            if len(boxes) > MOST_BOXES:
-                raise ValueError("too many")
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        returned = " ".join(repr(answer)[:80].split())
-        wanted = f"a list of at most {MOST_BOXES} (x1, y1, x2, y2)"
-        raise NoBoxes(f"boxes() of {path} returned {returned}, not {wanted}") from None
-    return boxes
-
-
 def to_source(box: Box, scale: tuple, size: tuple) -> Box:
     """A box in pixels of a resized picture -> source pixels, inside the (H, W) picture.
 
     scale: source pixels per pixel of the resized picture, (x, y).
     """
     height, width = size
-    limits = (width - 1, height - 1, width - 1, height - 1)
-    return tuple(min(max(value * s, 0.0), limit) for value, s, limit in zip(box, scale * 2, limits))
+    source = [value * s for value, s in zip(box, scale * 2)]
+    return inside_picture(source, (width, height))
 
 
 def load_system2(name: str, policy: Thinker, processor: Processor, dtype: torch.dtype, device) -> System2:
@@ -320,6 +256,8 @@ class Tracker:
         map_place = model.memory_encoder.position_encoding(places)
         self.top_place = top_place.flatten(2).permute(2, 0, 1)    # [L, 1, D]
         self.map_place = map_place.flatten(2).mT                  # [1, L, M]
+        self.mean = torch.tensor(MEAN, device=model.device).view(3, 1, 1)
+        self.std = torch.tensor(STD, device=model.device).view(3, 1, 1)
 
     @classmethod
     def from_pretrained(cls, config, weights, device="cpu") -> "Tracker":
@@ -352,14 +290,16 @@ class Tracker:
             if t == 0:
                 G, height, width = found.shape
                 masks[c] = np.empty((G, len(clips[c][0]), height, width), bool)
-            masks[c][:, t] = found
+            # Waits for the device.
+            masks[c][:, t] = found.cpu()
         return masks
 
     @torch.inference_mode()
     def follow(self, clips):
         """`track_clips` frame by frame: yields (c, t, masks [G, H, W] of frame t of clip c) in order of time.
 
-        Memory does not grow with T: of frames and masks only the last few are held.
+        The masks are on the device, and the host waits for none of them. Memory does not grow with T: of
+        frames and masks only the last few are held.
         """
         boxes = []     # of all N objects: {frame: box in the square picture}
         owner = []     # the clip that each object is in
@@ -373,7 +313,7 @@ class Tracker:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             features = FrameFeatures(self, [frames for frames, _, _ in clips], owner, boxes)
             steps = self.run(features, boxes, lengths)
-            nothing = torch.empty(0, 1, 1), None
+            nothing = torch.empty(0, 1, 1, device=self.model.device), None
             for t in range(max((len(frames) for frames, _, _ in clips), default=0)):
                 logits, _ = next(steps, nothing)
                 # Objects are in the order of their clips.
@@ -436,9 +376,9 @@ class Tracker:
     def prompt(self, features, boxes) -> Tracked:
         """n objects in n pictures, from their boxes [n, 4] alone."""
         device = self.model.device
-        corners = boxes.to(device, torch.float32).view(-1, 2, 2)
+        corners = send(boxes.float(), device).view(-1, 2, 2)
         # 2 and 3 are SAM2's labels of the two corners.
-        labels = torch.tensor([[2, 3]], device=device).repeat(len(boxes), 1)
+        labels = torch.arange(2, 4, device=device).repeat(len(boxes), 1)
         top = features[-1] + self.model.no_mem_embed.view(1, -1, 1, 1)
         return self.decode(features, top, dict(point_coords=corners, point_labels=labels))
 
@@ -457,18 +397,22 @@ class Tracker:
             amounts = len(map_ages), len(pointer_ages)
             batches.setdefault(amounts, []).append(n)
 
-        mixed = torch.empty_like(top, dtype=torch.float32)
+        mixed = [None] * len(top)
         for (A, _), rows in sorted(batches.items()):
             spans = [min(lengths[n], most_pointers) for n in rows]
             tokens, codes = self.memory_tokens([recalled[n] for n in rows], spans)
+            # No list is an index: it would be copied to the device, and the host would wait.
+            own = torch.stack([top[n] for n in rows]).flatten(2).mT.contiguous()    # [n, L, D]
             attended = self.model.memory_attention(
-                curr=top[rows].flatten(2).permute(2, 0, 1),    # [L, n, D]
+                curr=own.transpose(0, 1),
                 curr_pos=self.top_place,
                 memory=tokens.transpose(0, 1),                 # [A L + R k, n, M]
                 memory_pos=codes.transpose(0, 1),
                 num_obj_ptr_tokens=tokens.shape[1] - A * self.map_place.shape[1])
-            mixed[rows] = attended.permute(1, 2, 0).unflatten(2, top.shape[2:]).float()
-        return mixed
+            attended = attended.permute(1, 2, 0).unflatten(2, top.shape[2:]).float()
+            for n, features in zip(rows, attended):
+                mixed[n] = features
+        return torch.stack(mixed)
 
     def memory_tokens(self, recalled, spans):
         """Tokens [n, A L + R k, M] of n equally large memories, and their codes of place and time.
@@ -478,9 +422,9 @@ class Tracker:
         model = self.model
         tokens, map_ages, pointer_ages = zip(*recalled)
         tokens = torch.stack([torch.cat(kept) for kept in tokens])
-        map_ages = torch.tensor(map_ages, device=tokens.device)            # [n, A]
-        pointer_ages = torch.tensor(pointer_ages, device=tokens.device)    # [n, R]
-        spans = torch.tensor(spans, device=tokens.device)[:, None]         # [n, 1]
+        map_ages = send(torch.tensor(map_ages), tokens.device)            # [n, A]
+        pointer_ages = send(torch.tensor(pointer_ages), tokens.device)    # [n, R]
+        spans = send(torch.tensor(spans), tokens.device)[:, None]         # [n, 1]
 
         # Age 0, of a prompted frame, takes the last code.
         age_codes = model.maskmem_tpos_enc[map_ages - 1].squeeze(2)            # [n, A, 1, M]
@@ -545,19 +489,25 @@ class FrameFeatures:
 
     def encode(self, frames):
         """{(clip, frame): three levels} of some frames."""
-        side = self.tracker.side
-        pictures = torch.stack([square_picture(self.clips[c][t], side) for c, t in frames])
-        levels = self.tracker.encode(pictures.to(self.tracker.model.device))
+        tracker = self.tracker
+        pictures = torch.stack([square_picture(self.clips[c][t], tracker.side) for c, t in frames])
+        # Bytes are sent: a quarter of what floats take.
+        pictures = send(pictures, tracker.model.device) / 255
+        levels = tracker.encode((pictures - tracker.mean) / tracker.std)
         return dict(zip(frames, zip(*levels)))
 
 
 def square_picture(image, side):
-    """RGB PIL image -> what SAM2 sees of it, float [3, side, side], normalised."""
+    """RGB PIL image -> what SAM2 sees of it, uint8 [3, side, side]."""
     pixels = np.array(image.resize((side, side)))
-    pixels = torch.from_numpy(pixels).permute(2, 0, 1) / 255
-    mean = torch.tensor(MEAN).view(3, 1, 1)
-    std = torch.tensor(STD).view(3, 1, 1)
-    return (pixels - mean) / std
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def send(tensor, device):
+    """A tensor of the CPU on the device. The host does not wait: a GPU fetches it from pinned memory."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def parts(items, size):
@@ -566,25 +516,36 @@ def parts(items, size):
 
 
 def union_masks(logits, unions, size):
-    """What each of G unions covers of n objects with logits [n, h, w]: bool [G, H, W].
+    """What each of G unions covers of n objects with logits [n, h, w]: bool [G, H, W], on their device.
 
     unions: None for each object by itself. size: (width, height).
     """
     if unions is None:
         unions = [[n] for n in range(len(logits))]
     width, height = size
-    masks = np.zeros((len(unions), height, width), bool)
-    if not len(logits):
-        return masks
-    objects = []
+    objects = []    # n masks [H, W]
     for part in logits.split(OBJECTS_AT_ONCE):
         scaled = F.interpolate(part[:, None], (height, width), mode="bilinear")[:, 0]
-        objects.append(scaled > 0)
-    # [n, H, W]; waits for the device.
-    objects = torch.cat(objects).cpu().numpy()
+        objects.extend(scaled > 0)
+    masks = torch.zeros(len(unions), height, width, dtype=torch.bool, device=logits.device)
     for mask, union in zip(masks, unions):
-        mask[:] = objects[union].any(0)
+        for n in union:
+            mask |= objects[n]
     return masks
+
+
+def track_similarity(tracker: Tracker, clips: list[Clip], boxes: list) -> list[np.ndarray]:
+    """J [G, T] of what `track_groups` gives for G completions of each of B clips, against the true masks.
+
+    Pixels are counted on the device and no mask is copied from it. The host waits once a clip.
+    """
+    counts = [[] for _ in clips]    # of each clip T tensors [2, G]: pixels in both masks, and in either
+    for c, t, masks in tracker.follow(group_requests(clips, boxes)):
+        true = send(torch.from_numpy(clips[c].masks[:, t].any(0)), masks.device)
+        pairs = torch.stack([masks & true, masks | true])    # [2, G, H, W]
+        # int32, because a CPU adds int64 five times as slowly.
+        counts[c].append(pairs.sum((2, 3), dtype=torch.int32))
+    return [overlap(*torch.stack(frames, -1).cpu().numpy()) for frames in counts]
 
 
 def track_groups(tracker: Tracker, clips: list[Clip], boxes: list) -> list[np.ndarray]:
@@ -655,7 +616,8 @@ def follow_answers(tracker: Tracker, clips: list[Clip], answers: list[Answer]):
     """Yields (c, t, mask [H, W] of frame t of clip c) in order of time, on all T frames of the source."""
     requests = group_requests(clips, [[answer.boxes] for answer in answers])
     for c, t, (mask,) in tracker.follow(requests):
-        yield c, t, mask
+        # Waits for the device.
+        yield c, t, mask.cpu().numpy()
 
 
 # ---- the program -----------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_null_is_the_right_answer_where_there_is_no_such_object():
     """ "or `<answer>null</answer>` where no such object exists" """
     nothing = np.zeros((1, 8, 20, 20), bool)
     null = vos_rewards("<think>x</think><answer>null</answer>", nothing, {}, None)
-    looked = vos_rewards(answer(("00:01.00", "00:01.00", "a dog")), nothing, {2: [(1, 1, 5, 5)]}, nothing[0])
+    looked = vos_rewards(answer(("00:01.00", "00:01.00", "a dog")), nothing, {2: [(1, 1, 5, 5)]}, np.ones(8))
     assert combine(null, {}) > combine(looked, {})
 
 
@@ -267,7 +267,7 @@ def test_segment_writes_masks_animation_and_answer(tmp_path):
 
 def test_a_run_logs_a_line_a_step(trained):
     """ "A run writes `out/NAME/metrics.jsonl` (one line a step: every reward term, KL, entropy, lengths, clip
-    shares, malformed answers, seconds of each phase, tokens a second" """
+    shares, malformed answers, seconds of each phase and of a completion, tokens a second" """
     folder, rows = trained
     assert [row["step"] for row in rows] == [0, 1]
     others = ("format", "malformed", "reward", "kl", "entropy", "tokens", "clipped_low", "memory_gb")
@@ -526,8 +526,8 @@ def test_adapters_are_merged_in_what_is_saved(tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_cut_off_ends_with_the_very_weights(trained, tmp_path, monkeypatch):
-    """ "With as many as before it ends with the very weights and log of a run that was never cut off, bit for
-    bit" """
+    """ "With as many as before it ends with the very weights and log of a run that was never cut off: bit for
+    bit on a CPU" """
     folder, _ = trained
     stop = train.stop_requested
     monkeypatch.setattr(train, "stop_requested", lambda step, *rest: step == 0)

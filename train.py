@@ -244,7 +244,7 @@ from run.processes import gathered, rest_on_host, shard, start_processes, sums_o
 from segment import Tracker, chosen_device, ground, load_system2
 
 # Figures of a step that are shown beside the progress bar.
-SHOWN = ("reward", "consistency", "kl", "decode_tokens_per_s", "update_tokens_per_s", "memory_gb")
+SHOWN = ("reward", "consistency", "kl", "seconds_per_completion", "memory_gb")
 # Steps in a row with a non-finite gradient after which a run ends.
 PATIENCE = 5
 

@@ -135,10 +135,11 @@ def term_names(groups: list[Group]) -> list[str]:
 
 
 def throughput(groups: list[Group], seconds: dict, systems: Systems, settings, device: torch.device) -> dict:
-    """What this process's device did in a step.
+    """How fast a step was: seconds of the whole step for each completion of all processes, and what this
+    process's device did.
 
-    Tokens a second that were drawn (prefill included) and that went through the update, and on a GPU of
-    GPU_LIMITS what share of its limits that is.
+    That is tokens a second that were drawn (prefill included) and that went through the update, and on a GPU
+    of GPU_LIMITS what share of its limits that is.
     """
     drawn = 0
     steps = 0
@@ -152,6 +153,8 @@ def throughput(groups: list[Group], seconds: dict, systems: Systems, settings, d
         tokens += P + G * C
         operations += pass_operations(systems.reference, P, G, C, frozen=settings.lora_rank > 0)
     row = {}
+    completions = settings.batch * settings.accumulate * settings.group
+    row["seconds_per_completion"] = sum(seconds.values()) / completions
     row["decode_tokens_per_s"] = drawn / seconds["rollout"]
     row["update_tokens_per_s"] = tokens * settings.updates / seconds["update"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""

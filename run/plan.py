@@ -1,4 +1,6 @@
-"""The memory plan: bytes on each device in each phase of a step, from shapes alone; and facts about GPUs.
+"""The plan: memory and time of each phase of a step on each device, from shapes alone; and facts about GPUs.
+
+tests/test_plan.py holds the memory against a step of the real code at the real size. The time is an estimate.
 
     python train.py --plan --policy speed/shapes/7b --nproc 1,8
 
@@ -11,7 +13,8 @@ from pathlib import Path
 import torch
 
 from data import KEYFRAMES
-from model import HEAD_TOKENS, Thinker, add_adapters, read_config
+from model import HEAD_TOKENS, PREFILL_TOKENS, VISION_PATCHES, Thinker, add_adapters, read_config
+from run.settings import frame_range
 from trust.options import reference_folder
 from trust.sam2_config import build_sam2, find_config
 
@@ -59,18 +62,23 @@ def count(module: torch.nn.Module) -> int:
 
 
 # ---- the plan --------------------------------------------------------------------------------------
-# Bytes that SAM2 takes to track 32 objects at 1024 x 1024; an estimate.
-TRACKING = 4e9
-# Tokens of a keyframe's prompt and answer.
+# Bytes that SAM2 takes at 1024 x 1024 to track 32 objects of a clip, for the frames of each further clip, and
+# for the memory of each further object. Counted by tests/test_plan.py.
+TRACKING = 6.2e9
+TRACKED_CLIP = 0.46e9
+TRACKED_OBJECT = 5e6
+# Tokens of a keyframe's prompt and answer, of the answer alone, and patches of the picture.
 GROUNDED = 1150
+ANSWER = 128
+PICTURE = 3600
+# Processes of a node, where torchrun does not say it.
+DEVICES_OF_A_NODE = 8
 
 
 def memory_plan(settings, world: int) -> dict[str, dict[str, float]]:
     """{phase: {what: bytes}} on each of `world` devices, when every completion is as long as allowed."""
     thinker = without_memory(settings.policy, settings.lora_rank)
     system2 = thinker
-    V = thinker.config.text_config.vocab_size
-    D = thinker.config.text_config.hidden_size
     number_size = number_bytes(settings)
     sam2 = build_sam2(settings.sam2 or find_config(settings.sam2_weights))
     resting = resting_weights(settings, world, thinker, sam2)
@@ -79,30 +87,56 @@ def memory_plan(settings, world: int) -> dict[str, dict[str, float]]:
         system2 = without_memory(folder)
         resting["System 2"] = count(system2) * number_size
 
-    rollout = dict(resting)
-    grounding = dict(resting)
-    update = dict(resting)
-    loading = resting
-    if not settings.lora_rank:
-        whole = language_weights(thinker) * number_size
-        loading = {"policy, before it is sharded": 4 * count(thinker)}
-        rollout["whole weights"] = whole
-        update["whole weights"] = whole
-        # Both are whole matrices, in the dtype of computation and in float32, until they are sharded.
-        update["gradients of embeddings and head"] = 2 * V * D * (number_size + 4)
-        if settings.reference != "device":
-            grounding["whole reference"] = whole
-
     B = -(-settings.batch // world)
-    G = settings.group
-    tokens = settings.prompt_tokens + G * settings.max_new_tokens
-    rollout["cache"] = B * tokens * cache_bytes(thinker, number_size)
-    # Three copies of the logits in float32.
-    rollout["logits"] = 12 * B * G * V
-    grounding["cache of keyframes"] = B * G * KEYFRAMES * GROUNDED * cache_bytes(system2, number_size)
-    masks = resting | {"tracking": TRACKING * (sam2.image_size / 1024) ** 2}
-    update |= activations(settings, thinker)
-    return dict(loading=loading, rollout=rollout, grounding=grounding, masks=masks, update=update)
+    P = settings.prompt_tokens
+    C = settings.max_new_tokens
+    rows = B * settings.group
+    requests = rows * KEYFRAMES
+    whole = {}
+    awake = {}
+    if not settings.lora_rank:
+        whole["whole weights"] = language_weights(thinker) * number_size
+        if settings.reference != "device":
+            awake["whole reference"] = whole["whole weights"]
+
+    # When half of the rows have ended, the others are copied.
+    staying = rows * C * cache_bytes(thinker, number_size) / 2
+    read = batch_bytes(thinker, min(max(PREFILL_TOKENS, P), B * P), number_size)
+    rollout = resting | whole | {
+        "cache": (B * P + rows * C) * cache_bytes(thinker, number_size),
+        "reading prompts, or rows that stay": max(read, staying),
+        # Three copies in float32.
+        "logits of a token": 12 * rows * thinker.config.text_config.vocab_size,
+    }
+    features = system2.config.text_config.hidden_size * number_size
+    tokens = requests * GROUNDED
+    asked = tokens * (cache_bytes(system2, number_size) + features)
+    asked += batch_bytes(system2, min(PREFILL_TOKENS, tokens), number_size)
+    # The vision tower rotates queries and keys in float32.
+    seen = 34 * min(VISION_PATCHES, requests * PICTURE) * system2.config.vision_config.hidden_size
+    referred = batch_bytes(thinker, P + settings.group * C, number_size)
+    tracking = TRACKING + (B - 1) * TRACKED_CLIP + max(0, requests - 32) * TRACKED_OBJECT
+    return dict(
+        loading=loading(settings, world, thinker, resting),
+        rollout=rollout,
+        grounding=resting | awake | {"pictures, keyframes, or reference": max(asked, seen, referred)},
+        masks=resting | {"tracking": tracking * (sam2.image_size / 1024) ** 2},
+        update=update(settings, world, thinker, resting | whole),
+    )
+
+
+def largest(*moments: dict[str, float]) -> dict[str, float]:
+    """The moment at which most memory is used."""
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def shards_of(settings, world: int) -> int:
+    """How many devices share the weights."""
+    return min(world, devices_of_a_node()) if settings.hybrid else world
+
+
+def devices_of_a_node() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", DEVICES_OF_A_NODE))
 
 
 def resting_weights(settings, world: int, thinker: Thinker, sam2: torch.nn.Module) -> dict[str, float]:
@@ -113,13 +147,11 @@ def resting_weights(settings, world: int, thinker: Thinker, sam2: torch.nn.Modul
     resting = {"towers": (count(thinker) - weights) * number_size, "SAM2": 4 * count(sam2)}
     if settings.lora_rank:
         resting["frozen weights"] = (weights - trained) * number_size
-        resting["adapters, gradients, AdamW"] = 16 * trained
+        resting["adapters, AdamW"] = 12 * trained
         return resting
-    shards = world
-    if settings.hybrid:
-        shards = min(world, int(os.environ.get("LOCAL_WORLD_SIZE", 8)))
-    # Weights, gradients and AdamW's two moments in float32.
-    resting["weights, gradients, AdamW"] = 16 * trained / shards
+    shards = shards_of(settings, world)
+    # Weights and AdamW's two moments in float32.
+    resting["weights, AdamW"] = 12 * trained / shards
     resting["reference"] = 0
     if settings.reference == "device":
         resting["reference"] = weights * number_size
@@ -128,19 +160,63 @@ def resting_weights(settings, world: int, thinker: Thinker, sam2: torch.nn.Modul
     return resting
 
 
+def loading(settings, world: int, thinker: Thinker, resting: dict) -> dict[str, float]:
+    """{what: bytes} while the models are loaded."""
+    if settings.lora_rank:
+        return resting
+    weights = language_weights(thinker)
+    # The policy is loaded in float32 and sharded. Then comes the reference, whose towers replace its own.
+    policy = {"policy, before it is sharded": 4 * count(thinker)}
+    both = {
+        "policy, sharded": 4 * weights / shards_of(settings, world),
+        "its towers": 4 * (count(thinker) - weights),
+        "reference, whole": count(thinker) * number_bytes(settings),
+    }
+    return largest(policy, both, resting)
+
+
+def update(settings, world: int, thinker: Thinker, resting: dict) -> dict[str, float]:
+    """{what: bytes} of the update, one group at a time, in the larger of two moments."""
+    config = thinker.config.text_config
+    number_size = number_bytes(settings)
+    trained = sum(p.numel() for p in thinker.parameters() if p.requires_grad)
+    early = resting | activations(settings, thinker)
+    if settings.lora_rank:
+        return early | {"gradients": 4 * trained}
+    gradients = {"gradients": 4 * trained / shards_of(settings, world)}
+    matrix = config.vocab_size * config.hidden_size
+    # The first layer's backward pass. The head's gradient waits for that of the embeddings.
+    early["gradient of the head"] = matrix * number_size
+    if settings.batch * settings.accumulate > world:
+        early |= gradients
+    # The end of it. All layers are sharded again; embeddings and head are whole, as are their gradients, in
+    # the dtype of computation and in float32.
+    end = resting | gradients
+    end["whole weights"] = 2 * matrix * number_size
+    end["gradients of embeddings and head"] = 2 * matrix * (number_size + 4)
+    return largest(early, end)
+
+
 def activations(settings, thinker: Thinker) -> dict[str, float]:
     """{what: bytes} of the update's forward and backward pass, one group at a time."""
     config = thinker.config.text_config
     number_size = number_bytes(settings)
     completions = settings.group * settings.max_new_tokens
     rows = settings.prompt_tokens + completions
-    # Forward and backward of one layer; the forward leaves about half of it.
+    # Forward and backward of one layer, and what its forward leaves where nothing is computed again.
     layer = rows * (11 * config.hidden_size + 5.5 * config.intermediate_size) * number_size
-    kept = (config.num_hidden_layers - 1) * layer / 2
+    left = rows * (13 * config.hidden_size + 4 * config.intermediate_size) * number_size
+    kept = (config.num_hidden_layers - 1) * left
     if settings.checkpointing:
         kept = config.num_hidden_layers * rows * config.hidden_size * number_size
     logits = 12 * min(HEAD_TOKENS, completions) * config.vocab_size
     return {"kept of all layers": kept, "a layer, or logits": max(layer, logits)}
+
+
+def batch_bytes(thinker: Thinker, tokens: int, number_size: int) -> float:
+    """Bytes of the activations of so many tokens in a layer, without gradient."""
+    config = thinker.config.text_config
+    return tokens * (5 * config.hidden_size + 3 * config.intermediate_size) * number_size
 
 
 def cache_bytes(thinker: Thinker, number_size: int) -> int:
@@ -170,7 +246,8 @@ def number_bytes(settings) -> int:
 
 
 def print_plan(settings, worlds: list[int]) -> None:
-    """Prints GB on each device in each phase, a line for each number of processes, and parts of the last."""
+    """Prints GB on each device in each phase of a step, a line for each number of processes, and parts of the
+    last. With --plan also estimates of its time."""
     for world in worlds:
         plan = memory_plan(settings, world)
         totals = {phase: sum(parts.values()) / 1e9 for phase, parts in plan.items()}
@@ -181,8 +258,97 @@ def print_plan(settings, worlds: list[int]) -> None:
         print(f"{world:3} x {phases}    fits {' '.join(fits)}")
     parts = {}
     for phase in plan.values():
-        parts |= phase
+        for what, size in phase.items():
+            parts[what] = max(size, parts.get(what, 0))
     shown = [f"{what} {size / 1e9:.1f}" for what, size in parts.items() if size / 1e9 > 0.05]
     print("  with:", ", ".join(shown))
     if settings.reference == "host" and not settings.lora_rank:
-        print(f"  and in host memory, for each device, the reference {parts['whole reference'] / 1e9:.1f}")
+        pinned = pinned_bytes(parts["whole reference"]) / 1e9
+        processes = min(world, devices_of_a_node())
+        print(f"  and in each node's host memory the references of its {processes} processes: {processes} x "
+              f"{pinned:.1f} = {processes * pinned:.1f} GB, pinned")
+    # Not at the start of every run.
+    if settings.plan:
+        print_times(settings, world, without_memory(settings.policy))
+
+
+def pinned_bytes(size: float) -> int:
+    """Bytes of host memory that a pinned tensor takes: torch rounds them up to a power of two."""
+    return 1 << (int(size) - 1).bit_length()
+
+
+# ---- time ------------------------------------------------------------------------------------------
+# GPUs that an estimate is printed for.
+TIMED = ("H100", "H200", "A100")
+# Shares of a GPU's limits. NONE IS MEASURED. They follow from the kernels that a traced step launches and the
+# rates that others publish for such kernels on an H100 or H200.
+# Of the bandwidth, while tokens are drawn: small kernels take as long as reading the weights.
+DRAWING = 0.45
+# Of the arithmetic, in a forward pass.
+READING = 0.5
+# Of the arithmetic, in an update. What checkpointing computes again does not count.
+UPDATING = 0.4
+# Of the arithmetic, in SAM2's attention to its memory, whose heads are wide.
+FOLLOWING = 0.28
+# Operations for an object on a frame at 1024 x 1024 when its memory is full.
+OBJECT_ON_A_FRAME = 0.6e12
+# Seconds for the reward of a completion, on one CPU thread.
+REWARD = 0.03
+# The published run: 775 steps of 8 prompts on 8 GPUs.
+PUBLISHED_PROMPTS = 6200
+PUBLISHED_GPUS = 8
+
+
+def time_plan(settings, world: int, gpu: str, thinker: Thinker) -> dict[str, float]:
+    """{phase: seconds} of a step on `world` GPUs of a kind of GPU_LIMITS: an estimate.
+
+    Every completion is as long as allowed, every keyframe has one box, and System 2 is as large as the
+    policy. Clips are there in time. Communication takes none.
+    """
+    bandwidth, arithmetic = GPU_LIMITS[gpu]
+    number_size = number_bytes(settings)
+    weights = (count(thinker.model.layers) + count(thinker.lm_head)) * number_size
+    B = -(-settings.batch // world)
+    G = settings.group
+    P = settings.prompt_tokens
+    C = settings.max_new_tokens
+    requests = B * G * KEYFRAMES
+    asked = GROUNDED - ANSWER
+
+    def read(prompts, tokens, patches):
+        """Seconds for the tower and the layers over some prompts."""
+        tower = 2 * count(thinker.visual) * patches
+        layers = pass_operations(thinker, tokens, 0, 0) / 3
+        return prompts * (tower + layers) / READING / arithmetic
+
+    def draw(prompts, n, tokens, steps):
+        """Seconds for all tokens of n rows of each prompt. On average half of a row is in the cache."""
+        cached = prompts * (tokens + n * steps / 2)
+        size = weights + cached * cache_bytes(thinker, number_size)
+        return steps * size / DRAWING / bandwidth
+
+    operations = B * pass_operations(thinker, P, G, C)
+    tracked = requests * frame_range(settings.frames)[1] * OBJECT_ON_A_FRAME
+    times = dict(
+        rollout=read(B, P, 4 * P) + draw(B, G, P, C),
+        grounding=read(requests, asked, PICTURE) + draw(requests, 1, asked, ANSWER),
+        reference=operations / 3 / READING / arithmetic if settings.beta else 0.0,
+        masks=tracked / FOLLOWING / arithmetic if settings.consistency else 0.0,
+        rewards=B * G * REWARD,
+        update=settings.updates * operations / UPDATING / arithmetic,
+    )
+    return {phase: settings.accumulate * seconds for phase, seconds in times.items()}
+
+
+def print_times(settings, world: int, thinker: Thinker) -> None:
+    """Prints estimates: seconds of a step in each phase and of a completion, hours of the published run."""
+    prompts = settings.batch * settings.accumulate
+    print(f"  seconds of a step on {world}, an estimate (no share of a GPU's limits is measured):")
+    for gpu in TIMED:
+        times = time_plan(settings, world, gpu, thinker)
+        phases = " ".join(f"{phase} {seconds:.1f}" for phase, seconds in times.items())
+        step = sum(times.values())
+        published = sum(time_plan(settings, PUBLISHED_GPUS, gpu, thinker).values())
+        hours = published * PUBLISHED_PROMPTS / prompts / 3600
+        print(f"  {gpu}: {phases}, in all {step:.1f}; a completion {step / prompts / settings.group:.2f}; "
+              f"the published run ({PUBLISHED_PROMPTS} prompts, {PUBLISHED_GPUS} GPUs) {hours:.1f} hours")

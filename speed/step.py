@@ -55,7 +55,7 @@ from transformers.utils import logging
 from benchmarks.toy import toy_scene
 from data import Clip, Frames
 from grpo import group_advantages, policy_loss
-from model import Prompt, Thinker
+from model import Prompt, Thinker, speed_up_towers
 from rewards import mask_box
 from run.plan import GPU_LIMITS, pass_operations, token_bytes
 from segment import Tracker, track_groups
@@ -109,10 +109,16 @@ def build(shape: str, dtype: torch.dtype, device: str):
         elif name.endswith("bias"):
             torch.nn.init.normal_(weight, std=0.3)
     with torch.device("meta"):
-        ours = Thinker(config)
+        ours = Thinker(config_of(shape))
     home = tower_home(theirs)
-    ours.visual = home.visual.requires_grad_(False)
-    ours.audio_tower = home.audio_tower.requires_grad_(False)
+    for name in ("visual", "audio_tower"):
+        tower = getattr(home, name).requires_grad_(False)
+        getattr(ours, name).load_state_dict(tower.state_dict(), assign=True)
+    # Two buffers are computed, not stored.
+    ours.visual.rotary_pos_emb = home.visual.rotary_pos_emb
+    ours.audio_tower.positional_embedding = home.audio_tower.positional_embedding
+    if device == "cuda":
+        speed_up_towers(ours, dtype)
     ours.model.load_state_dict(language_model(theirs).state_dict(), assign=True)
     ours.lm_head.load_state_dict(theirs.lm_head.state_dict(), assign=True)
     ours.gradient_checkpointing = True
@@ -498,11 +504,9 @@ def relative_distance(x, y, exact):
 
 def prove_masks(w: Work) -> float:
     """The lowest IoU of a completion's masks, both in float32: in bf16, masks of random weights are noise."""
-    with ExitStack() as stack:
-        if w.on_gpu:
-            stack.enter_context(mock.patch("torch.autocast", no_autocast))
-            stack.enter_context(single_precision_predictor())
-            w = replace(w, boxes=w.boxes[:PROOF_ROWS])
+    if w.on_gpu:
+        w = replace(w, boxes=w.boxes[:PROOF_ROWS])
+    with in_single_precision(w.ours.device.type):
         ours = ours_masks(w)
         recipe = recipe_masks(w)
     if not any(b.any() for b in recipe):
@@ -513,6 +517,18 @@ def prove_masks(w: Work) -> float:
         if union > 0:
             lowest = min(lowest, (a & b).sum() / union)
     return float(lowest)
+
+
+@contextmanager
+def in_single_precision(kind: str):
+    """Inside, the tracker and SAM2's predictor compute in float32 on a GPU too, convolutions included."""
+    with ExitStack() as stack:
+        if kind == "cuda":
+            stack.enter_context(mock.patch("torch.autocast", no_autocast))
+            stack.enter_context(single_precision_predictor())
+            # TF32 rounds to 10 bits, in ways that depend on the batch: ours holds several objects.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        yield
 
 
 def no_autocast(*_, **__):
@@ -624,15 +640,23 @@ def ratio(ours: float | None, other: float | None) -> float | None:
     return other / max(ours, 1e-9)
 
 
+def device_limits() -> tuple[float, float] | None:
+    """Bytes and bf16 operations a second of this GPU; None where they are not known."""
+    for part, limits in GPU_LIMITS.items():
+        if part in torch.cuda.get_device_name():
+            return limits
+    return None
+
+
 def physics(w: Work, rollout: float | None, policy: float | None) -> dict:
     """On a GPU: decoding against the time to read the weights, the policy pass against peak arithmetic.
 
     rollout, policy: ours' seconds; None where it did not fit.
     """
-    limits = [limit for part, limit in GPU_LIMITS.items() if part in torch.cuda.get_device_name()]
+    limits = device_limits()
     if not limits or rollout is None or policy is None:
         return {}
-    bandwidth, operations = limits[0]
+    bandwidth, operations = limits
     G, C = w.completions.shape
     P = len(w.item.ids)
     one_token = replace(w, completions=w.completions[:, :1])

@@ -14,8 +14,14 @@ from model import Thinker  # noqa: E402
 from tests.world import tiny_config, toy_systems, toy_tracker, write_miniature  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="of the tests that take one")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; left out by make test")
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +29,12 @@ def leave_out_slow(request):
     """Without -m nobody waits for slow tests."""
     if request.node.get_closest_marker("slow") and not request.config.option.markexpr:
         pytest.skip("slow: make test-all")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The device of --device."""
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="session")

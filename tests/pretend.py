@@ -206,15 +206,11 @@ def nearest_place() -> tuple[str, str]:
     return "elsewhere", line or "elsewhere"
 
 
-def counted(function, counts, key, counts_call=None):
-    """A function that counts its calls in `counts`. Its frame is none of those that may be to blame.
-
-    counts_call: (arguments) -> whether a call counts; None: all do.
-    """
+def counted(function, counts, key):
+    """A function that counts its calls in `counts`. Its frame is none of those that may be to blame."""
     @wraps(function)
     def call(*arguments, **options):
-        if counts_call is None or counts_call(*arguments):
-            counts[key] += 1
+        counts[key] += 1
         return function(*arguments, **options)
     return call
 

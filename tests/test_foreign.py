@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from data import Processor
 from model import Thinker, read_config
-from segment import NoBoxes, Tracker, plugged
+from segment import Tracker
 from tests.world import ROOT, SMALL_FILES, TOY
 from trust import policy as policy_file
 from trust.errors import BadInput
+from trust.plugged import NoBoxes, plugged
 from trust.policy import tried
 from trust.sam2_config import TARGETS, build_sam2
 
@@ -416,7 +417,7 @@ HARM = [
     "torch.load",
     "numpy.load",
     "urllib.request.urlretrieve",
-    "segment.plugged",
+    "trust.plugged.plugged",
     "sam2.build_sam.build_sam2_hf",
     "sam2.build_sam._load_checkpoint",
     # Names that modules of SAM2 have only imported.

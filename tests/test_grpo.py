@@ -15,7 +15,7 @@ from benchmarks.toy import toy_clip
 from data import keyframes, parse_moments, prompt_inputs
 from grpo import accumulate_gradients, collect, group_advantages, kl_divergence, policy_loss
 from model import Thinker
-from rewards import total_rewards, vos_rewards
+from rewards import region_similarity, total_rewards, vos_rewards
 from run.log import Watch
 from segment import ground, track_groups
 from tests.world import settings_of
@@ -292,7 +292,7 @@ def test_what_has_no_weight_is_not_computed(systems, monkeypatch):
     def refuse(*_):
         raise AssertionError("not wanted")
 
-    monkeypatch.setattr(grpo, "track_groups", refuse)
+    monkeypatch.setattr(grpo, "track_similarity", refuse)
     monkeypatch.setattr(systems.reference, "logprobs", refuse)
     settings = settings_of("--group", 2, "--beta", 0, "--consistency", 0)
     clip = toy_clip("train", 3)
@@ -325,7 +325,8 @@ def test_every_completion_is_judged_by_its_own_keyframes_boxes_and_masks(apart):
         distinct.add(tuple(frames.items()))
         boxes, = ground(systems.system2, [clip], [[frames]])
         masks, = track_groups(systems.tracker, [clip], [boxes])
-        expected = vos_rewards(text, clip.masks, boxes[0], masks[0], clip.fps)
+        J = region_similarity(masks[0], clip.masks.any(0))
+        expected = vos_rewards(text, clip.masks, boxes[0], J, clip.fps)
         # Masks are equal to a few pixels.
         consistency = expected.pop("consistency")
         assert terms["consistency"] == pytest.approx(consistency, abs=0.02)

@@ -36,7 +36,7 @@ from data import (
     plain,
 )
 from grpo import group_advantages
-from rewards import format_reward, parse_number, reward_terms, total_rewards
+from rewards import format_reward, parse_number, region_similarity, reward_terms, total_rewards
 from segment import to_source
 from tests.world import answered, block, said, single
 
@@ -128,7 +128,8 @@ def judged(name, text, boxes):
             x1, y1, x2, y2 = map(round, box)
             tracked[:, y1:y2 + 1, x1:x2 + 1] = True
     scale = (1, 1) if clip.task == "image" else (1.5, 0.5)
-    return reward_terms(clip, scale, text, grounded, tracked)
+    J = region_similarity(tracked, clip.masks.any(0))
+    return reward_terms(clip, scale, text, grounded, J)
 
 
 def earned(name, text, boxes=(WRONG,), settings=LATER):

@@ -1,27 +1,23 @@
 """A step, an evaluation and a clip on a pretend device, and their waits. Kernels of a step of decoding."""
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval as evaluation
 import model
 import run.log
 import segment
 import train
-from benchmarks.toy import toy_clip
-from data import prompt_inputs
 from model import Cache, Decoder, Prompt, Thinker, add_adapters, read_config
-from run.log import Watch
 from run.processes import start_processes
-from segment import FrameFeatures, Tracker
+from segment import Tracker
 from tests.pretend import DEVICE, Elsewhere, counted, pretend_device
-from tests.world import ROOT, evaluate_here, settings_of
+from tests.world import ROOT, evaluate_here, settings_of, training_step
 from trust.options import TOY_POLICY
 
 # ---- what is counted -------------------------------------------------------------------------------
@@ -35,13 +31,14 @@ A_PROMPT = {"model.py:embed": 6, "model.py:check_count": 2}
 # Inside the towers, mostly lengths of windows.
 A_VISION_BATCH = {"model.py:see": 19}
 A_SOUND_BATCH = {"model.py:hear": 12}
-# A batch of objects that remember equally much on a frame: top[rows] and mixed[rows] = x; ages and spans.
-A_MEMORY_BATCH = {"segment.py:attend": 2, "segment.py:memory_tokens": 3}
-A_CLIP_FRAME = {"segment.py:union_masks": 1}
-A_PROMPT_OF_SAM2 = {"segment.py:prompt": 2}
-AN_ENCODING = {"segment.py:encode": 1}
-# SAM2 moves its rotations to the device, once for each of its attentions.
-A_NEW_TRACKER = {"segment.py:attend": 4}
+# Tracking waits for nothing, on no frame. In training, J of a clip comes back at the end.
+A_TRACKED_FRAME = {}
+A_CLIP_OF_TRAINING = {"segment.py:track_similarity": 1}
+# Where masks are written, each comes back.
+A_MASK = {"segment.py:follow_answers": 1}
+# Mean and standard deviation of pictures. SAM2 moves its rotations to the device, once for each of its
+# attentions.
+A_NEW_TRACKER = {"segment.py:__init__": 2, "segment.py:attend": 4}
 # The completions, the suppressed ids.
 LOG_PROBABILITIES = {"model.py:logprobs": 1, "model.py:suppressed": 1}
 A_BACKWARD_PASS = {"grpo.py:accumulate_gradients": 2}    # mask and advantages
@@ -68,10 +65,9 @@ WAITS = {
     (model, "Prompt"): A_PROMPT,
     (model.Qwen2_5OmniVisionEncoder, "forward"): A_VISION_BATCH,
     (model.Qwen2_5OmniAudioEncoder, "forward"): A_SOUND_BATCH,
-    (Tracker, "memory_tokens"): A_MEMORY_BATCH,
-    (segment, "union_masks"): A_CLIP_FRAME,
-    (Tracker, "prompt"): A_PROMPT_OF_SAM2,
-    (FrameFeatures, "encode"): AN_ENCODING,
+    (segment, "union_masks"): A_TRACKED_FRAME,
+    (segment, "overlap"): A_CLIP_OF_TRAINING,
+    (segment, "follow_answers"): A_MASK,
     (Tracker, "__init__"): A_NEW_TRACKER,
     (Thinker, "logprobs"): LOG_PROBABILITIES,
     (train, "accumulate_gradients"): A_BACKWARD_PASS,
@@ -100,8 +96,13 @@ def places() -> set[str]:
     return allowed
 
 
-def has_objects(logits, *_):
-    return len(logits) > 0
+def counted_items(function, counts, key):
+    """A function that gives a generator, and counts what is taken from it."""
+    def call(*arguments):
+        for item in function(*arguments):
+            counts[key] += 1
+            yield item
+    return call
 
 
 @pytest.fixture
@@ -110,9 +111,9 @@ def calls(monkeypatch):
     counts = Counter()
     for key in WAITS:
         owner, name = key
-        # A clip without boxes has no masks to wait for.
-        condition = has_objects if name == "union_masks" else None
-        monkeypatch.setattr(owner, name, counted(getattr(owner, name), counts, key, condition))
+        count = counted_items if name == "follow_answers" else counted
+        monkeypatch.setattr(owner, name, count(getattr(owner, name), counts, key))
+    monkeypatch.setattr(evaluation, "follow_answers", segment.follow_answers)
     return counts
 
 
@@ -229,30 +230,19 @@ def one_process():
     dist.destroy_process_group()
 
 
-def training_step(device, settings):
-    """(group, log, trained weights) after one step on a toy clip of eight frames."""
-    systems = train.load_systems(settings, device)
-    optimizer = train.start_optimizer(systems.policy, settings)
-    clip, _ = toy_clip("train", 3).sampled(8)
-    inputs = prompt_inputs(systems.processor, clip, np.random.default_rng(0))
-    watch = Watch()
-    groups = train.collect_batch(systems, iter([(clip, inputs, 7)]), settings, watch)
-    row = train.update(0, systems, optimizer, groups, settings, watch)
-    return groups[0], row, dict(systems.policy.named_parameters())
-
-
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_step_is_that_of_the_cpu_and_waits_only_where_it_may(lora_rank, one_process, calls, monkeypatch):
     # Sharding needs a device with a driver.
     monkeypatch.setattr(train, "shard", lambda *_: None)
     settings = settings_of("--group", 2, "--batch", 1, "--updates", 1, "--max_new_tokens", 32, "--lr", 1e-3,
                            "--warmup", 0, "--lora_rank", lora_rank)
-    group, row, weights = training_step(torch.device("cpu"), settings)
+    group, row, policy = training_step(torch.device("cpu"), settings)
     assert any(terms["consistency"] for terms in group.terms), "nothing is tracked"
     calls.clear()
     with pretend_device() as device:
         device.allowed = places()
-        other, other_row, other_weights = training_step(DEVICE, settings)
+        other, other_row, other_policy = training_step(DEVICE, settings)
+        other_weights = dict(other_policy.named_parameters())
     check_waits(device, calls)
     assert other.texts == group.texts
     assert other.terms == group.terms
@@ -260,7 +250,7 @@ def test_a_step_is_that_of_the_cpu_and_waits_only_where_it_may(lora_rank, one_pr
     assert torch.equal(other.reference_logp.inner, group.reference_logp)
     for name in set(row) - {"seconds", "memory_gb", "speed"}:
         assert other_row[name] == pytest.approx(row[name], abs=2e-6), name
-    for name, weight in weights.items():
+    for name, weight in policy.named_parameters():
         # Attention does not depend on a bias of the keys. Its gradient is rounding, and AdamW makes it large.
         if not name.endswith("k_proj.bias"):
             difference = (other_weights[name].inner - weight).abs().mean()
@@ -305,8 +295,8 @@ def test_a_clip_is_segmented_as_on_the_cpu_and_waits_only_where_it_may(calls, mo
     check_waits(device, calls)
     files = files_of(tmp_path / "pretend")
     assert files == files_of(tmp_path / "cpu")
-    # A frame is decoded once and waits as often as its objects' batches.
     assert len(files) == calls[segment, "union_masks"] + 2
+    assert calls[segment, "follow_answers"] == calls[segment, "union_masks"]
 
 
 def test_one_more_wait_a_token_is_found(monkeypatch):

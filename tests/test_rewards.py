@@ -57,10 +57,11 @@ def scene():
 
 
 def rewards(text, boxes=None, tracked=None, masks=None):
-    """Terms of a completion on `scene`, or on other masks."""
+    """Terms of a completion on `scene`, or on other masks. tracked: SAM2's masks [T, H, W]."""
     if masks is None:
         masks = scene()
-    return vos_rewards(text, masks, boxes or {}, tracked)
+    J = None if tracked is None else region_similarity(tracked, masks.any(0))
+    return vos_rewards(text, masks, boxes or {}, J)
 
 
 def judged(clip, answer, boxes=None, scale=(1, 1)):
@@ -265,15 +266,15 @@ def test_four_keyframes_of_nothing_earn_less_than_null(objects):
 def test_shapes_are_checked_and_named():
     masks = scene()
     cases = [
-        # No objects; half of the frames; masks of each object in place of their union; no frames.
+        # No objects; J of half of the frames; masks in place of their J; no frames.
         (masks[0], None),
-        (masks, masks[0, :4]),
-        (masks, masks),
+        (masks, np.ones(4)),
+        (masks, masks[0]),
         (masks[:, :0], None),
     ]
-    for bad_masks, tracked in cases:
+    for bad_masks, similarity in cases:
         with pytest.raises(ValueError) as error:
-            vos_rewards(said(), bad_masks, {}, tracked)
+            vos_rewards(said(), bad_masks, {}, similarity)
         assert str(bad_masks.shape) in str(error.value)
 
 

@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,23 +24,19 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-import model as model_file
 import run.checkpoint
 import run.draw
 import train
 from benchmarks.toy import toy_clip
 from data import Clip, Frames, Processor, frames_to_ground, prompt_inputs
-from model import Cache, Prompt, Thinker, read_config
+from model import Thinker
 from rewards import reward_terms, total_rewards
 from run.checkpoint import StateReader, check_place, find_checkpoint, only_one
 from run.draw import Source, hold_out, read_clip, take_items, training_sources
 from run.guard import guard
 from run.log import Log, Watch, plot, read_rows
-from run.plan import memory_plan
 from run.processes import start_processes
 from run.settings import frame_range
 from segment import ground, thinker_system2
@@ -1025,114 +1020,3 @@ def test_clips_are_held_out_of_every_source_and_never_all():
     assert hold_out(sources, 0, 1) == (sources, [])
     with pytest.raises(BadInput, match="--validate 10"):
         hold_out(sources, 10, 1)
-
-
-# ---- the memory plan -------------------------------------------------------------------------------
-class Peak(TorchDispatchMode):
-    """`most`: bytes of all tensors that are alive at once, at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = {}
-        self.now = 0
-        self.most = 0
-
-    def forget(self, key):
-        self.now -= self.alive.pop(key)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.remember(x.untyped_storage())
-        return out
-
-    def remember(self, storage):
-        key = storage._cdata
-        if key in self.alive:
-            return
-        self.alive[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.forget, key)
-
-
-# Tokens of a prompt, completions, tokens of each.
-P, G, C = 1025, 4, 64
-
-
-@pytest.fixture(scope="module")
-def small():
-    """Settings of a step of the shape `small`."""
-    return settings_of(
-        "--policy", ROOT / "speed/shapes/small", "--dtype", "float32", "--batch", 1, "--checkpointing",
-        "--group", G, "--max_new_tokens", C, "--prompt_tokens", P - 1)
-
-
-@pytest.fixture(scope="module")
-def small_thinker(small):
-    return Thinker(read_config(Path(small.policy)))
-
-
-def test_the_plan_knows_weights_optimizer_and_cache(small, small_thinker):
-    plan = memory_plan(small, 1)
-    optimizer = train.start_optimizer(small_thinker, small)
-    expected = 0
-    for p in small_thinker.parameters():
-        if p.requires_grad:
-            # The weight and its gradient, float32.
-            expected += 2 * 4 * p.numel()
-    for state in optimizer.state.values():
-        for x in state.values():
-            # But the count of steps.
-            if x.ndim:
-                expected += 4 * x.numel()
-    assert plan["update"]["weights, gradients, AdamW"] == expected
-    cache = Cache([P - 1], G, C, small_thinker.config.text_config, like=torch.empty(0))
-    assert plan["rollout"]["cache"] == cache.prefix.nbytes + cache.own.nbytes
-
-
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_plan_knows_the_activations_of_the_update(small, small_thinker, monkeypatch, checkpointing):
-    # A kind of tensor that cannot be watched.
-    monkeypatch.setattr(model_file, "causal_lower_right", lambda *_: None)
-    thinker = small_thinker
-    media = torch.zeros(1, thinker.config.text_config.hidden_size)
-    ids = torch.zeros(P, dtype=torch.long)
-    positions = torch.zeros(3, P, dtype=torch.long)
-    prompt = Prompt(ids, positions, torch.tensor([0]), media)
-    completions = torch.zeros(G, C, dtype=torch.long)
-    # A pass that makes no gradient but the first layer's.
-    for p in thinker.parameters():
-        monkeypatch.setattr(p, "requires_grad", False)
-    thinker.model.layers[0].input_layernorm.weight.requires_grad_(True)
-    weights = 0
-    for part in (thinker.model.layers, thinker.lm_head, thinker.model.norm):
-        weights += sum(p.nbytes for p in part.parameters())
-
-    thinker.gradient_checkpointing = checkpointing
-    plan = memory_plan(replace(small, checkpointing=checkpointing), 1)["update"]
-    planned = plan["kept of all layers"] + plan["a layer, or logits"]
-    with Peak() as peak:
-        thinker.logprobs(prompt, completions)[0].sum().backward()
-    assert 0.85 * planned < peak.most - weights < 1.15 * planned
-
-
-@pytest.mark.parametrize("arguments, fits", [
-    ("--policy speed/shapes/7b --nproc 8", "fits 80 GB 141 GB"),
-    ("--policy speed/shapes/7b --nproc 1", "fits no device"),
-    ("--policy speed/shapes/3b --nproc 1,8", "fits 40 GB 48 GB 80 GB"),
-])
-def test_the_plan_is_printed_without_weights_or_gpu(monkeypatch, capsys, arguments, fits):
-    monkeypatch.chdir(ROOT)
-    train.main(["--plan", "--sam2_weights", "sam2.1_hiera_large.pt", *arguments.split()])
-    assert fits in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("arguments, named", [("--policy nowhere", "nowhere"), ("--nproc 8,x", "8,x")])
-def test_a_plan_that_cannot_be_made_names_why(monkeypatch, capsys, arguments, named):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--plan", "--sam2_weights", "sam2.1_hiera_large.pt", *arguments.split()])
-    assert stop.value.code == 2
-    assert named in capsys.readouterr().err

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,21 +27,23 @@ from benchmarks.results import write_results
 from benchmarks.toy import toy_clip, toy_scene
 from data import Clip, Frames, Processor, grounding_prompt, parse_boxes
 from model import Thinker
-from rewards import box_iou, mask_box
+from rewards import box_iou, mask_box, region_similarity
 from segment import (
     Answer,
     FrameFeatures,
     Tracker,
     ground,
     load_system2,
-    plugged,
     thinker_system2,
     to_source,
     track_groups,
+    track_similarity,
+    union_masks,
 )
 from tests.world import ROOT, naming, noise_picture, segment
 from trust.errors import BadInput
 from trust.options import TOY_POLICY, TOY_SAM2
+from trust.plugged import plugged
 from trust.sam2_config import build_sam2, find_config
 
 RED = "red circle"
@@ -608,7 +611,7 @@ def test_following_gives_the_masks_of_all_clips_in_order_of_time(tracker):
     order = []
     for c, t, masks in tracker.follow(clips):
         order.append((t, c))
-        assert np.array_equal(masks, whole[c][:, t])
+        assert np.array_equal(masks.numpy(), whole[c][:, t])
     assert order == sorted(order)
     assert len(order) == sum(len(frames) for frames, _, _ in clips)
     assert whole[0].any()
@@ -665,6 +668,63 @@ def test_a_groups_masks_are_those_of_one_call_per_completion(systems):
         ((alone,),) = track_groups(systems.tracker, [clip], [[completion]])
         common = (alone & masks).sum()
         assert common >= 0.99 * (alone | masks).sum()
+
+
+def test_j_of_groups_is_exactly_that_of_their_masks(systems):
+    clips = [toy_clip("test", 2), toy_clip("test", 3), toy_clip("test", 5)]
+    # Nothing is to be seen in the second; in the third, nobody finds anything.
+    clips[1] = replace(clips[1], masks=clips[1].masks[:0])
+    box = (5.0, 5.0, 40.0, 40.0)
+    seen = [t for t, mask in enumerate(clips[0].masks[0]) if mask.any()]
+    true = mask_box(clips[0].masks[0, seen[0]])
+    boxes = [
+        [{seen[0]: [true]}, {seen[0]: [box, true], seen[2]: [box]}, {}],
+        [{1: [box]}, {}, {}],
+        [{}, {}],
+    ]
+    masks = track_groups(systems.tracker, clips, boxes)
+    similarity = track_similarity(systems.tracker, clips, boxes)
+    for clip, group, of_group in zip(clips, masks, similarity, strict=True):
+        assert of_group.dtype == np.float64
+        assert of_group.flags.c_contiguous
+        for completion, J in zip(group, of_group, strict=True):
+            assert np.array_equal(J, region_similarity(completion, clip.masks.any(0)))
+    assert len(np.unique(similarity[0])) > 8
+    assert (similarity[1][1:] == 1).all()
+
+
+def test_unions_cover_what_any_of_their_objects_covers():
+    logits = torch.randn(5, 8, 8, generator=torch.Generator().manual_seed(0))
+    unions = [[0, 3], [], [4, 1, 2], [3]]
+    alone = union_masks(logits, None, (30, 20))
+    together = union_masks(logits, unions, (30, 20))
+    assert alone.shape == (5, 20, 30)
+    assert alone.dtype == together.dtype == torch.bool
+    for union, mask in zip(unions, together, strict=True):
+        assert torch.equal(mask, alone[union].any(0))
+    assert union_masks(logits[:0], [[], []], (30, 20)).shape == (2, 20, 30)
+
+
+def test_pictures_are_normalised_as_sam2_does_it(tracker):
+    """By its own predictor, bit for bit. Only bytes go to the device."""
+    pictures = [noise_picture(50, 40, seed) for seed in range(3)]
+    seen = []
+    watched = SimpleNamespace(side=tracker.side, mean=tracker.mean, std=tracker.std, model=tracker.model)
+
+    def encode(normalised):
+        seen.append(normalised)
+        return [normalised] * 3
+
+    watched.encode = encode
+    FrameFeatures(watched, [pictures], [0, 0], [{0: None, 2: None}, {2: None}])
+    normalised, = seen
+    for t, picture in zip((0, 2), normalised, strict=True):
+        pixels = np.array(pictures[t].resize((tracker.side, tracker.side))) / 255.0
+        expected = torch.from_numpy(pixels).permute(2, 0, 1).float()
+        expected -= torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+        expected /= torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        assert torch.equal(picture, expected)
+    assert segment_program.square_picture(pictures[0], 16).dtype == torch.uint8
 
 
 def moment(time, description):

@@ -361,14 +361,14 @@ def test_training_shows_as_many_frames_as_it_is_told(detected):
 
 # ---- steps, by themselves --------------------------------------------------------------------------
 @pytest.fixture
-def device():
+def cpu():
     """The device of a process group of one."""
     _, _, device = start_processes("cpu")
     yield device
     dist.destroy_process_group()
 
 
-def test_a_term_that_only_some_completions_have_is_in_the_log(systems, device):
+def test_a_term_that_only_some_completions_have_is_in_the_log(systems, cpu):
     settings = settings_of("--group", 2, "--max_new_tokens", 8, "--updates", 1, "--lr", 0)
     clips = [toy_clip("train", 3), toy_clip("train", 4)]
     inputs = [prompt_inputs(systems.processor, clip) for clip in clips]
@@ -395,7 +395,7 @@ def clips_of(numbers):
     return [(source, number) for number in numbers]
 
 
-def test_validation_judges_one_greedy_answer_of_each_clip(systems, device, monkeypatch):
+def test_validation_judges_one_greedy_answer_of_each_clip(systems, cpu, monkeypatch):
     settings = settings_of("--seed", 5)
     judged = []
 
@@ -423,7 +423,7 @@ def test_validation_judges_one_greedy_answer_of_each_clip(systems, device, monke
     assert mean == pytest.approx(np.mean(expected), abs=1e-6)
 
 
-def test_validation_of_nothing_that_can_be_read_is_unknown(systems, device):
+def test_validation_of_nothing_that_can_be_read_is_unknown(systems, cpu):
     unreadable = clips_of([None, None])
     assert train.validate(systems, unreadable, settings_of(), Watch()) is None
 

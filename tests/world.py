@@ -19,10 +19,11 @@ from transformers import Qwen2_5OmniThinkerConfig
 
 import eval as evaluation
 import train
-from benchmarks.toy import toy_scene
-from data import Processor
+from benchmarks.toy import toy_clip, toy_scene
+from data import Processor, prompt_inputs
 from grpo import Systems
 from model import Thinker
+from run.log import Watch
 from run.settings import read_settings
 from segment import Tracker, answer_clips, thinker_system2, track_groups
 from trust.errors import BadInput
@@ -60,6 +61,18 @@ def toy_systems() -> Systems:
     policy = Thinker.from_pretrained(TOY_POLICY)
     processor = Processor(TOY_POLICY)
     return Systems(policy, policy, thinker_system2(policy, processor), processor, toy_tracker())
+
+
+def training_step(device, settings):
+    """(group, log, trained policy) after one step on a toy clip of eight frames."""
+    systems = train.load_systems(settings, device)
+    optimizer = train.start_optimizer(systems.policy, settings)
+    clip, _ = toy_clip("train", 3).sampled(8)
+    inputs = prompt_inputs(systems.processor, clip, np.random.default_rng(0))
+    watch = Watch()
+    groups = train.collect_batch(systems, iter([(clip, inputs, 7)]), settings, watch)
+    row = train.update(0, systems, optimizer, groups, settings, watch)
+    return groups[0], row, systems.policy
 
 
 # ---- a Thinker in miniature, and prompts for it ----------------------------------------------------
