@@ -26,7 +26,7 @@ demo: .venv/installed
 	$(PY) eval.py $(TOY) --policy out/demo/policy --out out/demo/after --overwrite true \
 		--against out/demo/before/results.json
 	$(PY) segment.py --index 1 --policy out/demo/policy --out out/demo/clip
-	@echo "look at: out/demo/curves.png  out/demo/clip/overlay.webp  out/demo/after/results.json"
+	@echo "look at: out/demo/report.html  out/demo/after/report.html  out/demo/clip/overlay.webp"
 
 test: .venv/installed
 	$(PY) -m pytest -q $(TESTS) -m "not slow"

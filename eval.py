@@ -5,7 +5,7 @@
     python eval.py --bench revos --data_root DIR --predictions DIR --out DIR
 
     predict   samples -> OUT/Annotations in the official layout, OUT/answers-RANK.jsonl with System 1's words
-    score     OUT -> a row for each sample, the means of subsets, a table, OUT/results.json
+    score     OUT -> a row for each sample, the means of subsets, a table, OUT/results.json, OUT/report.html
     compare   these rows -> the difference to those of another evaluation, --against OTHER/results.json
 
 Predictions are written sample by sample: the same command continues after an interruption, and torchrun
@@ -112,6 +112,8 @@ from benchmarks.predictions import (
     zip_predictions,
 )
 from benchmarks.samples import Benchmark, Sample, load
+from report.causes import cause_of, scored_frames
+from report.evaluation import write_evaluation
 from rewards import format_reward
 from segment import answer_clips, chosen_device, follow_answers, load_models
 
@@ -220,7 +222,7 @@ def score_sample(benchmark, sample, source, answer=None) -> dict:
 
     Its `problem` is None, "missing" (no prediction), or what cannot be read.
     """
-    true = None
+    true = pred = None
     try:
         true = sample.read_masks()
         pred = read_prediction(source, sample, true.shape[2:])
@@ -233,6 +235,7 @@ def score_sample(benchmark, sample, source, answer=None) -> dict:
                problem=problem) | values
     if "J" in row and "F" in row:
         row["J&F"] = (row["J"] + row["F"]) / 2
+    row["cause"] = cause_of(row[benchmark.paired], scored_frames(sample), true, pred, answer)
     if answer is not None:
         keyframes = [int(t) for t in answer["keyframes"]]
         row["visible"] = None if true is None else visible_share(sample, true, keyframes)
@@ -417,6 +420,9 @@ def conclude(options, benchmark, samples, count, report, others):
     if others is not None:
         compare(report, others, benchmark.paired, options.against)
         write_json(report, written)
+    if public:
+        columns = (*benchmark.columns, *ANSWER_COLUMNS)
+        write_evaluation(options.out, benchmark, public, report, columns, options.against)
     if options.zip:
         packed = zip_predictions(benchmark, hidden or samples, predictions, options.out)
         if len(samples) < count:

@@ -186,6 +186,10 @@ class Group:
     rewards: np.ndarray              # (G,)
     advantages: Tensor               # (G,)
     reference_logp: Tensor | None    # (G, C); None at beta 0
+    # For people to look at; the loss needs none of it.
+    clip: Clip
+    boxes: list[dict]                # G dicts {frame: boxes in source pixels}
+    seed: int                        # of the rollout
     fault: str = ""                  # why the clip could not be read; then nothing of the group counts
     old_logp: Tensor | None = None   # (G, C) at rollout; set when the batch is used more than once
 
@@ -280,7 +284,7 @@ def collect(systems: Systems, clips: list[Clip], inputs: list[Inputs], seeds: li
         rewards = total_rewards(terms[i], lengths.tolist(), settings)
         advantages = group_advantages(rewards, settings.group, scale=settings.scale_by_std)
         groups.append(Group(prompts[i], completions[i], mask, texts[i], terms[i], rewards, advantages,
-                            reference_logp[i], clip.fault))
+                            reference_logp[i], clip, boxes[i], seeds[i], clip.fault))
     watch.end()
     return groups
 

@@ -5,6 +5,8 @@
 As a program it segments one video, a file or a folder of frames. Without --video it makes a toy clip.
 
     python segment.py --video V --query Q --policy DIR --sam2_weights FILE --out DIR
+
+Of a folder of videos, each is done by itself, into a folder of its name in DIR.
 """
 import signal
 import sys
@@ -33,7 +35,8 @@ def read_options(arguments: list[str] | None = None):
     """The options of the command line. Exits with code 2 and one line where one cannot be right."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--video", metavar="PATH", help="a video file or a folder of frames; without it a toy clip is made")
+    add("--video", metavar="PATH",
+        help="a video file, a folder of frames, or a folder of videos; without it a toy clip is made")
     add("--query", help="what to segment; by default that of the toy clip")
     add("--sound", metavar="FILE", help="wav file; by default the video's own soundtrack")
     add("--index", type=at_least(0), default=0, help="which toy clip, if no video is given")
@@ -66,9 +69,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sam2.modeling.sam2_utils import get_1d_sine_pe
+from tqdm import tqdm
 
 from benchmarks.media import video_clip
-from benchmarks.results import interrupted, write_results
+from benchmarks.results import interrupted, listed_videos, told_alone, write_results
 from benchmarks.toy import toy_clip
 from data import (
     Box,
@@ -645,29 +649,45 @@ def load_models(options) -> tuple[Thinker, System2, Processor, Tracker]:
     return policy, system2, processor, tracker
 
 
+def open_clip(options, video: str | None) -> Clip:
+    """The clip of a video and the query; without a video that of the toy."""
+    if video is None:
+        clip = toy_clip("test", options.index)
+    else:
+        clip = video_clip(video, options.query, options.sound)
+    if options.query:
+        clip.query = check_text(options.query, "--query")
+    return clip
+
+
+def segment_clip(options, clip, out, policy, system2, processor, tracker):
+    """Writes the answer and the masks of one clip to OUT, and prints the reasoning."""
+    answer, = answer_clips(policy, system2, processor, [clip], options.max_new_tokens, options.frames)
+    tell(f"query: {plain(clip.query)}\n{answer.text}\nboxes: {answer.boxes}")
+    masks = follow_answers(tracker, [clip], [answer])
+    seen = write_results(out, clip, answer, (mask for _, _, mask in masks))
+    height, width = clip.size
+    tell(f"written: {out}/answer.json, overlay.webp, sheet.png and {len(clip.frames)} masks of "
+         f"{width} x {height} pixels, {seen} of them not empty")
+
+
 def main(arguments=None):
     options = read_options(arguments)
     # From here on it raises KeyboardInterrupt, and the masks that are there are counted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    videos = listed_videos(options.video, options.out)
+    several = len(videos) > 1
     try:
-        if options.video is None:
-            clip = toy_clip("test", options.index)
-        else:
-            clip = video_clip(options.video, options.query, options.sound)
-        if options.query:
-            clip.query = check_text(options.query, "--query")
-        policy, system2, processor, tracker = load_models(options)
-        answers = answer_clips(policy, system2, processor, [clip], options.max_new_tokens, options.frames)
-        tell(f"query: {plain(clip.query)}\n{answers[0].text}\nboxes: {answers[0].boxes}")
-        masks = follow_answers(tracker, [clip], answers)
-        seen = write_results(options.out, clip, answers[0], (mask for _, _, mask in masks))
+        models = load_models(options) if several else None
+        for video, out in tqdm(videos, "videos", unit="video", disable=not several):
+            with told_alone(several):
+                clip = open_clip(options, video)
+                models = models or load_models(options)
+                segment_clip(options, clip, out, *models)
     except (OSError, BadInput) as error:
         sys.exit(fail(error))
     except KeyboardInterrupt as stop:
         sys.exit(interrupted(stop))
-    height, width = clip.size
-    tell(f"written: {options.out}/answer.json, overlay.webp and {len(clip.frames)} masks of "
-         f"{width} x {height} pixels, {seen} of them not empty")
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def test_help_names_every_setting():
 
 def test_segment_writes_masks_animation_and_answer(tmp_path):
     """ "`segment.py` writes `answer.json` first, then `masks/00000.png …` at the video's own size as they are
-    made, and `overlay.webp` (at most 240 frames and 16 MB)." """
+    made, `overlay.webp` (at most 240 frames and 16 MB) and `sheet.png`" """
     clip = toy_clip("test", 2)
     (tmp_path / "frames").mkdir()
     for t in range(len(clip.frames)):
@@ -262,6 +262,7 @@ def test_segment_writes_masks_animation_and_answer(tmp_path):
     assert Image.open(tmp_path / "out/masks/00003.png").size == (200, 150)
     assert len(list((tmp_path / "out/masks").iterdir())) == len(clip.frames)
     assert Image.open(tmp_path / "out/overlay.webp").n_frames > 1
+    assert Image.open(tmp_path / "out/sheet.png").width > 200
     assert "keyframes" in json.loads((tmp_path / "out/answer.json").read_text())
 
 

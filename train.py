@@ -7,7 +7,7 @@
 
 Settings come from three places, later ones win: the defaults below (as published, for the 7B),
 `training.json` in the policy's directory if there is one, and `--name value` on the command line. Writes
-out/NAME/: settings.json, metrics.jsonl (a line a step), curves.png, step-000100/ ... and policy/
+out/NAME/: settings.json, metrics.jsonl (a line a step), report.html, step-000100/ ... and policy/
 (checkpoints). The same command again continues a run that was cut off, from its newest checkpoint, with any
 number of processes.
 
@@ -190,10 +190,20 @@ class Settings:
         "newest checkpoints that are kept, beside the best",
         least=1, resumable=True, by_user=True,
     )
-    plot_every: int = setting(
+    look_every: int = setting(
         20,
-        "steps between drawings of curves.png",
+        "steps between looks at the rollouts: out/NAME/rollouts, report.html and curves.png",
         least=1, resumable=True, by_user=True,
+    )
+    tensorboard: bool = setting(
+        False,
+        "whether the log is also written for TensorBoard, to out/NAME/tensorboard",
+        resumable=True, by_user=True,
+    )
+    wandb: str = setting(
+        "",
+        "project of Weights & Biases that the log is also sent to; empty: none",
+        resumable=True, by_user=True,
     )
     # Planning
     plan: bool = setting(
@@ -218,30 +228,42 @@ if __name__ == "__main__":
     # A wrong option is told now: the imports below take seconds.
     read_settings(Settings, __doc__)
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Processor, prompt_inputs
-from grpo import Systems, accumulate_gradients, collect, judge, left_out, read_keyframes, roll_out
+from data import Processor
+from grpo import Systems, accumulate_gradients, collect, left_out
 from model import Thinker, adapters_off, add_adapters
-from rewards import total_rewards
-from run.checkpoint import check_place, find_checkpoint, only_one, remove_old, restore, save
+from run.checkpoint import (
+    check_place,
+    find_checkpoint,
+    only_one,
+    remove_old,
+    restore,
+    save,
+)
 from run.draw import (
     epoch_length,
     from_shared_memory,
     hold_out,
-    read_clip,
     sample_loader,
     take_items,
     training_sources,
 )
 from run.guard import guard
-from run.log import Watch, identity, patient_output, plot, start_log, step_metrics, throughput
+from run.log import Watch, identity, patient_output, start_log, step_metrics, throughput
 from run.plan import print_plan
-from run.processes import gathered, rest_on_host, shard, start_processes, sums_over_processes
-from segment import Tracker, chosen_device, ground, load_system2
+from run.processes import (
+    gathered,
+    rest_on_host,
+    shard,
+    start_processes,
+    sums_over_processes,
+)
+from run.rollouts import Album
+from run.validation import validate
+from segment import Tracker, chosen_device, load_system2
 
 # Figures of a step that are shown beside the progress bar.
 SHOWN = ("reward", "consistency", "kl", "seconds_per_completion", "memory_gb")
@@ -299,6 +321,7 @@ def train(settings, rank, world, device, watch):
     run = identity(settings, world)
     log = start_log(out, settings, run, dropped, checkpoint) if rank == 0 else None
     start = earlier["step"]
+    album = Album(out, settings, run, start, rank)
     if rank == 0:
         print_start(sources, settings, checkpoint, start, world)
     run |= dict(step=start, nonfinite_in_a_row=earlier["nonfinite_in_a_row"], validation=None)
@@ -314,15 +337,14 @@ def train(settings, rank, world, device, watch):
         row = update(step, systems, optimizer, groups, settings, watch)         # step 8
         due = checkpoint_due(step, settings)
         if due and validation_items:
-            row["validation"] = validate(systems, validation_items, settings, watch)
-        if rank == 0:
-            write_row(log, row, bar)
+            row["validation"] = validate(systems, validation_items, settings, watch, album)
+        write_row(log, row, bar, album)
         run |= dict(step=step + 1, validation=row.get("validation"))
         count_nonfinite(run, row, bar, out)
         stop = stop_requested(step, settings, watch, device)
         if due or stop:
             path = save_step(systems, optimizer, run, settings, watch, log)
-        plot_if_due(step, settings, out)
+        album.look(step, groups, systems, watch)
         if stop:
             bar.close()
             if rank == 0:
@@ -331,7 +353,7 @@ def train(settings, rank, world, device, watch):
             return
     save(systems, os.path.join(out, "policy"), run, rank)
     if rank == 0:
-        print(f"trained policy: {out}/policy   curves: {out}/curves.png   log: {out}/metrics.jsonl")
+        print(f"trained policy: {out}/policy   report: {out}/report.html   log: {out}/metrics.jsonl")
 
 
 def find_start(out, settings, rank, world):
@@ -487,52 +509,16 @@ def clip_gradients(policy, settings) -> float:
 
 
 # ---- between the steps -----------------------------------------------------------------------------
-def validate(systems, items, settings, watch) -> float | None:
-    """Mean reward of greedy answers to the clips kept out, over all processes. None if none can be read."""
-    rank = dist.get_rank()
-    world = dist.get_world_size()
-    total = 0.0
-    count = 0
-    # The processes work together, so each takes equally many. Clips taken a second time do not count.
-    for k in range(rank, -(-len(items) // world) * world, world):
-        clip = read_clip(*items[k % len(items)], np.random.default_rng([settings.seed, k]))
-        inputs = prompt_inputs(systems.processor, clip, np.random.default_rng([settings.seed, k]))
-        reward = greedy_reward(systems, clip, inputs, settings, watch)
-        if k < len(items) and not clip.fault:
-            total += reward
-            count += 1
-    sums = sums_over_processes(dict(total=total, count=count), systems.policy.device)
-    return round(sums["total"] / sums["count"], 6) if sums["count"] else None
-
-
-def greedy_reward(systems, clip, inputs, settings, watch) -> float:
-    """The reward of the likeliest answer to one prompt."""
-    watch.begin("validation")
-    prompts = systems.reference.embed([inputs])
-    drawn, texts = roll_out(systems, prompts, 1, temperature=0.0, seeds=[0], settings=settings)
-    chosen = read_keyframes([clip], texts)
-    with systems.reference_awake():
-        boxes = ground(systems.system2, [clip], chosen)
-    terms = judge(systems, [clip], [inputs], texts, boxes, settings, watch)
-    lengths = [len(drawn[0][0])]
-    return float(total_rewards(terms[0], lengths, settings)[0])
-
-
 def checkpoint_due(step, settings) -> bool:
     """Whether the step is one of every `save_every`, or the last, from which a larger --steps continues."""
     return (step + 1) % settings.save_every == 0 or step + 1 == settings.steps
 
 
-def plot_if_due(step, settings, out):
-    """Draws curves.png. After saving, so that no step is lost by it."""
-    due = (step + 1) % settings.plot_every == 0 or step + 1 == settings.steps
-    if due and dist.get_rank() == 0:
-        plot(out)
-
-
-def write_row(log, row, bar):
-    """Writes a line of the log, and shows some of it beside the bar."""
-    log.write(row)
+def write_row(log, row, bar, album):
+    """Writes a line of the log on the first process, and shows some of it beside the bar."""
+    if log is not None:
+        log.write(row)
+    album.write(row)
     figures = row | row["speed"]
     bar.set_postfix({name: f"{figures[name]:.3g}" for name in SHOWN if name in figures})
 

@@ -3,6 +3,7 @@
     OUT/answer.json         the answer of the two systems, before SAM2 begins
     OUT/masks/00000.png     ... as they are made, one a frame, gray, 0 or 255, at source size
     OUT/overlay.webp        an animation of at most MOST_PICTURES frames
+    OUT/sheet.png           the keyframes, then evenly spaced frames
 
 A file is complete or not there. T frames, H W pixels.
 """
@@ -13,15 +14,50 @@ import sys
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from benchmarks.media import is_picture
 from benchmarks.pictures import animation, overlay
 from benchmarks.predictions import read_mask
-from data import Clip, answer_text, spread
+from data import Clip, answer_text, format_time, spread
+from trust.errors import BadInput
 from trust.files import PARTIAL, check_inside
 
 MOST_PICTURES = 240
+# Of a sheet: columns, and evenly spaced frames.
+COLUMNS = 4
+SPACED = 12
+GAP = 8    # pixels
+# Endings of the names of videos, in a folder of them.
+VIDEO_NAMES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
+
+
+# ---- which videos ----------------------------------------------------------------------------------
+def listed_videos(path: str | None, out: str) -> list[tuple]:
+    """(video, folder of its files) of each video in a folder of videos; else of the one that is named."""
+    if path is None or not os.path.isdir(path):
+        return [(path, out)]
+    # Hidden files are no videos: macOS puts one beside every file.
+    names = [name for name in sorted(os.listdir(path)) if not name.startswith(".")]
+    videos = [name for name in names if name.lower().endswith(VIDEO_NAMES)]
+    if not videos or any(map(is_picture, names)):
+        return [(path, out)]
+    return [(os.path.join(path, name), os.path.join(out, name)) for name in videos]
+
+
+@contextmanager
+def told_alone(several: bool):
+    """Where there are several videos, a BadInput of one is told in a line, and the others go on."""
+    try:
+        yield
+    except BadInput as error:
+        if not several:
+            raise
+        tqdm.write(f"no masks: {error}", file=sys.stderr)
+
+
+# ---- files -----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -62,7 +98,7 @@ def write_results(out: str, clip: Clip, answer, masks) -> int:
 
 def remove_results(out: str) -> None:
     """Removes what an earlier clip has left in OUT: it may have been longer. Other files stay."""
-    old = [os.path.join(out, "overlay.webp")]
+    old = [os.path.join(out, "overlay.webp"), os.path.join(out, "sheet.png")]
     for name in os.listdir(os.path.join(out, "masks")):
         if re.fullmatch(rf"\d{{5,}}\.png({re.escape(PARTIAL)})?", name):
             old.append(os.path.join(out, "masks", name))
@@ -104,7 +140,7 @@ def write_masks(out: str, masks, T: int) -> int:
 
 
 def write_overlay(out: str, clip: Clip, boxes: dict) -> None:
-    """Writes the animation of the written masks. Frames are read again, so that few pictures are held.
+    """Writes the animation of the written masks, and the sheet. Frames are read again: few are held.
 
     boxes: {frame: [boxes]}; these frames are shown in any case.
     """
@@ -116,6 +152,33 @@ def write_overlay(out: str, clip: Clip, boxes: dict) -> None:
         pictures[t] = overlay(clip.frames[t], mask, boxes.get(t, ()))
     with whole_file(os.path.join(out, "overlay.webp")) as path, open(path, "wb") as file:
         file.write(animation(pictures, T, clip.fps))
+    with whole_file(os.path.join(out, "sheet.png")) as path:
+        sheet(pictures, boxes, clip.fps).save(path, "png")
+
+
+def sheet(pictures: dict, boxes: dict, fps: float) -> Image.Image:
+    """One picture: the keyframes, which begin a row, then evenly spaced frames, each with its time.
+
+    pictures: {frame: picture}. boxes: those of the keyframes, {frame: [boxes]}.
+    """
+    shown = sorted(pictures)
+    spaced = [shown[i] for i in spread(len(shown), SPACED)]
+    rows = []
+    for times in (sorted(boxes), spaced):
+        rows += [times[i:i + COLUMNS] for i in range(0, len(times), COLUMNS)]
+    width, height = pictures[shown[0]].size
+    font = ImageFont.load_default(size=max(12, width // 24))
+    width += GAP
+    height += GAP
+    whole = Image.new("RGB", (COLUMNS * width - GAP, len(rows) * height - GAP), "white")
+    draw = ImageDraw.Draw(whole)
+    for y, times in enumerate(rows):
+        for x, t in enumerate(times):
+            whole.paste(pictures[t], (x * width, y * height))
+            text = format_time(t / fps) + " keyframe" * (t in boxes)
+            place = (x * width + 8, (y + 1) * height - GAP - 8)
+            draw.text(place, text, "white", font, "ls", stroke_width=2, stroke_fill="black")
+    return whole
 
 
 def interrupted(stop: KeyboardInterrupt) -> int:

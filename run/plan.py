@@ -13,7 +13,14 @@ from pathlib import Path
 import torch
 
 from data import KEYFRAMES
-from model import HEAD_TOKENS, PREFILL_TOKENS, VISION_PATCHES, Thinker, add_adapters, read_config
+from model import (
+    HEAD_TOKENS,
+    PREFILL_TOKENS,
+    VISION_PATCHES,
+    Thinker,
+    add_adapters,
+    read_config,
+)
 from run.settings import frame_range
 from trust.options import reference_folder
 from trust.sam2_config import build_sam2, find_config

@@ -15,7 +15,7 @@ from tests.world import ROOT
 
 NAMES = {benchmark.name for benchmark in BENCHMARKS}
 CORE = ("model", "grpo", "rewards", "segment", "train", "data", "eval")
-FOLDERS = (".", "trust", "benchmarks", "run", "toy", "speed", "tests")
+FOLDERS = (".", "trust", "benchmarks", "report", "run", "toy", "speed", "tests")
 
 
 def sources() -> list[Path]:
@@ -54,6 +54,7 @@ FLOORS = {
     "rewards": 2,
     "benchmarks": 3,
     "segment": 4,
+    "report": 4,
     "grpo": 5,
     "eval": 5,
     "toy": 5,

@@ -422,7 +422,8 @@ def test_tracking_takes_what_is_planned(monkeypatch, clips, objects):
     settings = settings_for(ROOT / "speed/shapes/3b", "--batch", 8 * clips)
     planned = memory_plan(settings, 8)["masks"]
     weights, most = tracking(monkeypatch, clips, objects)
-    assert planned["SAM2"] == pytest.approx(weights, rel=0.01)
+    # Codes of place come on top of the weights.
+    assert planned["SAM2"] == pytest.approx(weights, rel=0.05)
     assert planned["tracking"] == pytest.approx(most - weights, rel=CLOSE)
 
 

@@ -295,7 +295,7 @@ def test_a_clip_is_segmented_as_on_the_cpu_and_waits_only_where_it_may(calls, mo
     check_waits(device, calls)
     files = files_of(tmp_path / "pretend")
     assert files == files_of(tmp_path / "cpu")
-    assert len(files) == calls[segment, "union_masks"] + 2
+    assert len(files) == calls[segment, "union_masks"] + 3
     assert calls[segment, "follow_answers"] == calls[segment, "union_masks"]
 
 

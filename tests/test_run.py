@@ -66,6 +66,10 @@ def server():
         return context
 
 
+def no_look(album, *step):
+    """Looks take longer than the steps of these runs."""
+
+
 def nothing_else(_):
     pass
 
@@ -77,9 +81,9 @@ def ready_sources(*arguments):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Leaves out of a run in this process what takes longer than its steps: sources, and drawing curves."""
+    """Leaves out of a run in this process what takes longer than its steps: sources, and looks."""
     monkeypatch.setattr(train, "training_sources", ready_sources)
-    monkeypatch.setattr(train, "plot", nothing_else)
+    monkeypatch.setattr(train.Album, "look", no_look)
 
 
 def trainer(rank, world, nodes, folder, runs, setup):
@@ -96,7 +100,7 @@ def trainer(rank, world, nodes, folder, runs, setup):
     # Only those that are no daemons may have workers.
     multiprocessing.current_process()._config["daemon"] = False
     train.training_sources = ready_sources
-    train.plot = nothing_else
+    train.Album.look = no_look
     setup(rank)
     for port, arguments in runs:
         if world > 1:

@@ -25,7 +25,7 @@ from benchmarks import pictures, results
 from benchmarks.pictures import animation, overlay
 from benchmarks.results import write_results
 from benchmarks.toy import toy_clip, toy_scene
-from data import Clip, Frames, Processor, grounding_prompt, parse_boxes
+from data import Clip, Frames, Processor, grounding_prompt, parse_boxes, spread
 from model import Thinker
 from rewards import box_iou, mask_box, region_similarity
 from segment import (
@@ -40,7 +40,7 @@ from segment import (
     track_similarity,
     union_masks,
 )
-from tests.world import ROOT, naming, noise_picture, segment
+from tests.world import ROOT, jpeg, naming, noise_picture, segment, write_avi
 from trust.errors import BadInput
 from trust.options import TOY_POLICY, TOY_SAM2
 from trust.plugged import plugged
@@ -947,7 +947,7 @@ def test_only_what_an_earlier_clip_has_left_is_removed(tmp_path):
     assert Image.open(out / "masks/00002.png").getextrema() == (255, 255)
 
 
-@pytest.mark.parametrize("name", ["answer.json", "masks/00003.png", "overlay.webp"])
+@pytest.mark.parametrize("name", ["answer.json", "masks/00003.png", "overlay.webp", "sheet.png"])
 @pytest.mark.parametrize("wrong", [
     OSError(errno.ENOSPC, "No space left on device"),
     OSError("encoder error -2"),
@@ -971,7 +971,7 @@ def test_a_full_disk_is_told_with_the_files_name_and_leaves_no_half_file(tmp_pat
     assert not (out / name).exists()
     assert not list(out.rglob("*.partial"))
     whole = sorted((out / "masks").iterdir())
-    assert len(whole) == dict(a=0, m=3, o=6)[name[0]]
+    assert len(whole) == dict(a=0, m=3, o=6, s=6)[name[0]]
     for path in whole:
         Image.open(path).load()
 
@@ -1099,3 +1099,37 @@ def test_ten_minutes_of_720p_fit_into_2_gb(tmp_path):
     assert peak < 2
     assert (tmp_path / "overlay.webp").stat().st_size <= pictures.LARGEST_FILE
     assert sum(durations(tmp_path / "overlay.webp")) == pytest.approx(600_000, abs=1000)
+
+
+def test_a_sheet_shows_the_keyframes_and_then_evenly_spaced_frames():
+    pictures = {t: Image.new("RGB", (80, 60), (t, 0, 0)) for t in range(30)}
+    sheet = results.sheet(pictures, {7: [], 29: []}, 2.0)
+    assert sheet.size == (4 * 88 - 8, 4 * 68 - 8)
+    places = [(40 + 88 * x, 20 + 68 * y) for y in range(4) for x in range(4)]
+    reds = [sheet.getpixel(place) for place in places]
+    assert reds[:2] == [(7, 0, 0), (29, 0, 0)] and reds[2:4] == [(255, 255, 255)] * 2
+    assert [red for red, _, _ in reds[4:]] == spread(30, 12)
+
+
+def test_a_folder_of_videos_is_done_one_by_one(tmp_path, capsys):
+    frame = jpeg(Image.new("RGB", (64, 48)))
+    (tmp_path / "in").mkdir()
+    for name in ("b.avi", "a.avi"):
+        write_avi(tmp_path / "in" / name, (64, 48), [frame] * 3, 2)
+    (tmp_path / "in/broken.mp4").write_bytes(b"no video")
+    (tmp_path / "in/notes.txt").write_text("no video")
+    folder = str(tmp_path / "out")
+    segment_program.main(["--video", str(tmp_path / "in"), "--query", "the red circle", "--out", folder])
+    for name in ("a.avi", "b.avi"):
+        assert (tmp_path / "out" / name / "sheet.png").exists()
+        assert len(written_masks(tmp_path / "out" / name)) == 3
+    out, err = capsys.readouterr()
+    assert out.index("a.avi/answer.json") < out.index("b.avi/answer.json") and "<think>" in out
+    assert "no masks: " in err and "broken.mp4" in err
+
+
+def test_a_folder_of_frames_is_one_video(tmp_path):
+    for name in ("0.png", "extra.mp4", ".hidden.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    assert results.listed_videos(str(tmp_path), "out") == [(str(tmp_path), "out")]
+    assert results.listed_videos(None, "out") == [(None, "out")]

@@ -24,7 +24,14 @@ from benchmarks.toy import toy_clip
 from data import Clip, Frames, prompt_inputs
 from grpo import collect
 from rewards import TERMS
-from run.draw import Source, epoch_length, from_shared_memory, sample_loader, training_sources
+from run import validation
+from run.draw import (
+    Source,
+    epoch_length,
+    from_shared_memory,
+    sample_loader,
+    training_sources,
+)
 from run.log import Watch
 from run.processes import start_processes
 from run.settings import frame_range, read_settings, resumable_names, setting
@@ -279,6 +286,9 @@ def test_two_processes_update_as_one(tmp_path, monkeypatch):
     assert learned > 1e-4
     assert one.keys() == two.keys() == start.keys()
     assert (tmp_path / "out/two/curves.png").stat().st_size > 1000
+    # The first process looked at its own prompts.
+    assert (tmp_path / "out/two/report.html").stat().st_size > 10_000
+    assert (tmp_path / "out/two/rollouts/step-000001.jsonl").exists()
 
 
 def test_without_a_learning_rate_nothing_is_learned(tmp_path, monkeypatch):
@@ -395,18 +405,22 @@ def clips_of(numbers):
     return [(source, number) for number in numbers]
 
 
+# An album that keeps nothing.
+NO_ALBUM = SimpleNamespace(keep=lambda *answer: None)
+
+
 def test_validation_judges_one_greedy_answer_of_each_clip(systems, cpu, monkeypatch):
     settings = settings_of("--seed", 5)
     judged = []
 
     def judge(systems, clips, inputs, texts, *rest):
         judged.append([len(group) for group in texts])
-        return train_judge(systems, clips, inputs, texts, *rest)
+        return own_judge(systems, clips, inputs, texts, *rest)
 
-    train_judge = train.judge
-    monkeypatch.setattr(train, "judge", judge)
+    own_judge = validation.judge
+    monkeypatch.setattr(validation, "judge", judge)
     items = clips_of([3, None, 4])
-    mean = train.validate(systems, items, settings, Watch())
+    mean = validation.validate(systems, items, settings, Watch(), NO_ALBUM)
     assert judged == [[1]] * 3
 
     # The slow twin: greedy groups of two, whose completions are the same.
@@ -425,7 +439,7 @@ def test_validation_judges_one_greedy_answer_of_each_clip(systems, cpu, monkeypa
 
 def test_validation_of_nothing_that_can_be_read_is_unknown(systems, cpu):
     unreadable = clips_of([None, None])
-    assert train.validate(systems, unreadable, settings_of(), Watch()) is None
+    assert validation.validate(systems, unreadable, settings_of(), Watch(), NO_ALBUM) is None
 
 
 # ---- settings --------------------------------------------------------------------------------------
@@ -442,7 +456,7 @@ def out_of_limits():
     if not torch.cuda.is_available():
         values["device"].append("cuda")
     for name in ("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep",
-                 "plot_every", "prompt_tokens"):
+                 "look_every", "prompt_tokens"):
         values[name] = [0]
     for name in ("seed", "warmup", "top_k", "lora_rank", "threads", "workers", "validate", "video_tokens",
                  "image_tokens"):
@@ -466,7 +480,8 @@ OUT_OF_LIMITS = out_of_limits()
 # A continued run may change where it runs and what it writes.
 RESUMABLE = {
     "name", "overwrite", "resume", "steps", "device", "threads", "workers", "reference", "hybrid",
-    "timeout_minutes", "save_every", "keep", "plot_every", "plan", "nproc", "prompt_tokens"}
+    "timeout_minutes", "save_every", "keep", "look_every", "tensorboard", "wandb",
+    "plan", "nproc", "prompt_tokens"}
 
 
 def test_every_number_has_limits_and_each_is_tested():
@@ -522,7 +537,8 @@ def test_advice_yields_to_the_command_line(tmp_path):
 # Settings that only the user has: what is read, written and used.
 BY_USER = {
     "name", "overwrite", "resume", "policy", "system2", "sam2", "sam2_weights", "data", "data_root", "roots",
-    "seed", "device", "workers", "reference", "hybrid", "timeout_minutes", "keep", "plot_every", "plan",
+    "seed", "device", "workers", "reference", "hybrid", "timeout_minutes", "keep", "look_every",
+    "tensorboard", "wandb", "plan",
     "nproc", "prompt_tokens"}
 
 
