@@ -1,5 +1,5 @@
 # make demo: train on the toy world and evaluate before and after.   make test: the tests.
-# make test-all: the slow ones as well.   make gpu: what only a GPU can show, in ten minutes.
+# make test-all: the slow ones as well.   make gpu: what only a GPU can show, in nine minutes.
 # All set up .venv first.
 PYTHON ?= python3
 PY = .venv/bin/python

@@ -208,7 +208,8 @@ def training_state(policy: Thinker, optimizer: torch.optim.Optimizer, rank: int)
             weights[name] = p.detach()
             moments[name] = optimizer.state[p]
     random = {f"cpu-{rank}": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
+    # SAM2 may have started CUDA in a run on the CPU.
+    if policy.device.type == "cuda":
         random[f"cuda-{rank}"] = torch.cuda.get_rng_state()
     return dict(policy=weights, random=random, optimizer=moments)
 

@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import active_children, parent_process
@@ -19,7 +20,7 @@ from multiprocessing.connection import wait
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from benchmarks import dataset_root, find_benchmark, open_split, trained_entries
 from benchmarks.samples import Benchmark, Sample, load
@@ -106,7 +107,9 @@ def read_clip(source: Source, item, rng) -> Clip:
     """
     try:
         clip = source.read(item, rng)
-        pictures = [clip.frames[t] for t in range(len(clip.frames))]
+        pictures = [clip.frames[t].convert("RGB") for t in range(len(clip.frames))]
+        if len({picture.size for picture in pictures}) > 1:
+            raise BadInput(f"frames of several sizes: {clip.name}")
     except (OSError, BadInput) as error:
         return blank_clip(source.task, str(error))
     return replace(clip, frames=Frames(pictures.__getitem__, range(len(pictures))))
@@ -121,21 +124,31 @@ class Pixels:
         return Image.fromarray(self.tensor[t].numpy())
 
 
-def to_shared_memory(item: tuple) -> tuple:
+def to_shared_memory(item: tuple) -> tuple | str:
     """An item of TrainingItems as its worker sends it: pictures and masks in tensors.
 
-    Tensors reach the training process through shared memory. Anything else is copied through a pipe, 0.5 s
-    for a clip of 24 frames of 1280 x 720.
+    Tensors reach the training process through shared memory. Anything else is copied through a pipe, a third
+    of a second for 24 frames of 1280 x 720. Where there is no room for them, the result is why.
     """
     clip, inputs, seed = item
     pictures = [np.asarray(clip.frames[t]) for t in range(len(clip.frames))]
     frames = Frames(Pixels(torch.from_numpy(np.stack(pictures))), range(len(pictures)))
     masks = None if clip.masks is None else torch.from_numpy(np.ascontiguousarray(clip.masks))
+    if get_worker_info() is not None:
+        try:
+            for tensor in (frames.read.tensor, masks, *vars(inputs).values()):
+                if isinstance(tensor, torch.Tensor):
+                    tensor.share_memory_()
+        except RuntimeError as error:
+            # Later, in the thread that sends it, the item would get lost.
+            return one_line(error)
     return replace(clip, frames=frames, masks=masks), inputs, seed
 
 
-def from_shared_memory(item: tuple) -> tuple:
-    """The item with masks as numpy arrays again; nothing is copied."""
+def from_shared_memory(item: tuple | str) -> tuple:
+    """The item with masks as numpy arrays again; nothing is copied. BadInput where the worker had no room."""
+    if isinstance(item, str):
+        raise BadInput(f"no room in shared memory, /dev/shm ({item}); with Docker: --ipc=host, or --shm-size")
     clip, inputs, seed = item
     if clip.masks is not None:
         clip = replace(clip, masks=clip.masks.numpy())
@@ -253,7 +266,9 @@ def sample_loader(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # A tensor in shared memory holds a file descriptor, and so do the clips that wait here.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # Some systems know limits that cannot be set.
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     gc.collect()
     return DataLoader(TrainingItems(sources, processor, settings), sampler=places, batch_size=None,
                       collate_fn=to_shared_memory, num_workers=settings.workers, prefetch_factor=ahead,

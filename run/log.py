@@ -53,7 +53,7 @@ class Watch:
     def end(self) -> None:
         """Adds the time since the running phase began to its seconds."""
         # Waits for the GPU a handful of times a step, so that no phase's work counts as the next one's.
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self.running:

@@ -255,7 +255,11 @@ def number_bytes(settings) -> int:
 def print_plan(settings, worlds: list[int]) -> None:
     """Prints GB on each device in each phase of a step, a line for each number of processes, and parts of the
     last. With --plan also estimates of its time."""
+    parts = {}
     for world in worlds:
+        if settings.batch % world:
+            print(f"{world:3} x no: --batch {settings.batch} cannot be shared by {world} processes")
+            continue
         plan = memory_plan(settings, world)
         totals = {phase: sum(parts.values()) / 1e9 for phase, parts in plan.items()}
         fits = [f"{size} GB" for size in GPUS if max(totals.values()) <= USABLE * size]
@@ -263,20 +267,39 @@ def print_plan(settings, worlds: list[int]) -> None:
         if not fits:
             fits = [f"no device of up to {GPUS[-1]} GB"]
         print(f"{world:3} x {phases}    fits {' '.join(fits)}")
-    parts = {}
-    for phase in plan.values():
-        for what, size in phase.items():
-            parts[what] = max(size, parts.get(what, 0))
+        parts = largest_parts(plan)
+        planned = world
+    if not parts:
+        return
     shown = [f"{what} {size / 1e9:.1f}" for what, size in parts.items() if size / 1e9 > 0.05]
     print("  with:", ", ".join(shown))
     if settings.reference == "host" and not settings.lora_rank:
         pinned = pinned_bytes(parts["whole reference"]) / 1e9
-        processes = min(world, devices_of_a_node())
+        processes = min(planned, devices_of_a_node())
         print(f"  and in each node's host memory the references of its {processes} processes: {processes} x "
               f"{pinned:.1f} = {processes * pinned:.1f} GB, pinned")
     # Not at the start of every run.
-    if settings.plan:
-        print_times(settings, world, without_memory(settings.policy))
+    if settings.plan and settings.dtype == "float32":
+        scores = scores_bytes(settings) / 1e9
+        print(f"  and in float32 on a GPU several times attention's scores, {scores:.1f}")
+    elif settings.plan:
+        print_times(settings, planned)
+
+
+def largest_parts(plan: dict) -> dict[str, float]:
+    """{what: bytes} of all phases; of what is in several, the most."""
+    parts = {}
+    for phase in plan.values():
+        for what, size in phase.items():
+            parts[what] = max(size, parts.get(what, 0))
+    return parts
+
+
+def scores_bytes(settings) -> int:
+    """Bytes of the scores of a group's rows over prompt and completion, in float32, in one layer."""
+    heads = without_memory(settings.policy).config.text_config.num_attention_heads
+    rows = settings.group * settings.max_new_tokens
+    return 4 * heads * rows * (settings.prompt_tokens + settings.max_new_tokens)
 
 
 def pinned_bytes(size: float) -> int:
@@ -297,20 +320,19 @@ READING = 0.5
 UPDATING = 0.4
 # Of the arithmetic, in SAM2's attention to its memory, whose heads are wide.
 FOLLOWING = 0.28
-# Operations for an object on a frame at 1024 x 1024 when its memory is full.
+# Operations for an object on a frame at 1024 x 1024 when its memory is full, by the largest SAM2.
 OBJECT_ON_A_FRAME = 0.6e12
 # Seconds for the reward of a completion, on one CPU thread.
 REWARD = 0.03
-# The published run: 775 steps of 8 prompts on 8 GPUs.
+# The published run: 775 steps of 8 prompts, on 8 GPUs.
 PUBLISHED_PROMPTS = 6200
-PUBLISHED_GPUS = 8
 
 
-def time_plan(settings, world: int, gpu: str, thinker: Thinker) -> dict[str, float]:
-    """{phase: seconds} of a step on `world` GPUs of a kind of GPU_LIMITS: an estimate.
+def time_plan(settings, world: int, gpu: str, thinker: Thinker, side: int = 1024) -> dict[str, float]:
+    """{phase: seconds} of a step in bf16 on `world` GPUs of a kind of GPU_LIMITS: an estimate.
 
     Every completion is as long as allowed, every keyframe has one box, and System 2 is as large as the
-    policy. Clips are there in time. Communication takes none.
+    policy. Clips are there in time. Communication takes none. side: pixels of SAM2's pictures.
     """
     bandwidth, arithmetic = GPU_LIMITS[gpu]
     number_size = number_bytes(settings)
@@ -335,7 +357,7 @@ def time_plan(settings, world: int, gpu: str, thinker: Thinker) -> dict[str, flo
         return steps * size / DRAWING / bandwidth
 
     operations = B * pass_operations(thinker, P, G, C)
-    tracked = requests * frame_range(settings.frames)[1] * OBJECT_ON_A_FRAME
+    tracked = requests * frame_range(settings.frames)[1] * OBJECT_ON_A_FRAME * (side / 1024) ** 2
     times = dict(
         rollout=read(B, P, 4 * P) + draw(B, G, P, C),
         grounding=read(requests, asked, PICTURE) + draw(requests, 1, asked, ANSWER),
@@ -347,15 +369,17 @@ def time_plan(settings, world: int, gpu: str, thinker: Thinker) -> dict[str, flo
     return {phase: settings.accumulate * seconds for phase, seconds in times.items()}
 
 
-def print_times(settings, world: int, thinker: Thinker) -> None:
+def print_times(settings, world: int) -> None:
     """Prints estimates: seconds of a step in each phase and of a completion, hours of the published run."""
+    thinker = without_memory(settings.policy)
+    side = build_sam2(settings.sam2 or find_config(settings.sam2_weights)).image_size
     prompts = settings.batch * settings.accumulate
-    print(f"  seconds of a step on {world}, an estimate (no share of a GPU's limits is measured):")
+    print(f"  seconds of a step on {world}, an estimate (no share of a GPU's limits is measured, System 2 is "
+          f"taken to be as large as the policy):")
     for gpu in TIMED:
-        times = time_plan(settings, world, gpu, thinker)
+        times = time_plan(settings, world, gpu, thinker, side)
         phases = " ".join(f"{phase} {seconds:.1f}" for phase, seconds in times.items())
         step = sum(times.values())
-        published = sum(time_plan(settings, PUBLISHED_GPUS, gpu, thinker).values())
-        hours = published * PUBLISHED_PROMPTS / prompts / 3600
+        hours = step * PUBLISHED_PROMPTS / prompts / 3600
         print(f"  {gpu}: {phases}, in all {step:.1f}; a completion {step / prompts / settings.group:.2f}; "
-              f"the published run ({PUBLISHED_PROMPTS} prompts, {PUBLISHED_GPUS} GPUs) {hours:.1f} hours")
+              f"a run of {PUBLISHED_PROMPTS} prompts, as published, {hours:.1f} hours")

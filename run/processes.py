@@ -20,7 +20,8 @@ from model import Thinker
 def start_processes(device: str, minutes: float = 30.0) -> tuple[int, int, torch.device]:
     """Joins torchrun's processes, or starts a group of one -> (rank, number of processes, own device).
 
-    Collectives time out after 2 x minutes. `guard` reports first, because it knows the phase.
+    Collectives time out after 2 x minutes, and on several nodes those of FSDP after NCCL's own 10 minutes.
+    `guard` reports first, because it knows the phase.
     """
     backend = "gloo"
     own = None

@@ -446,10 +446,26 @@ def test_the_plan_is_printed_without_weights_or_gpu(monkeypatch, capsys, argumen
 def test_pinned_memory_of_a_node_is_printed(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     # 15.2 GB are rounded up to 2 ** 34 bytes, for each of 8 processes.
-    text = printed(capsys, "--policy", "speed/shapes/7b", "--reference", "host", "--nproc", "16")
+    options = "--policy speed/shapes/7b --reference host --nproc 16 --batch 16"
+    text = printed(capsys, *options.split())
     assert "8 x 17.2 = 137.4 GB, pinned" in text
     assert pinned_bytes(2 ** 34) == 2 ** 34
     assert pinned_bytes(2 ** 34 + 1) == 2 ** 35
+
+
+def test_a_batch_that_cannot_be_shared_is_no_plan(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    lines = printed(capsys, "--policy", "speed/shapes/3b", "--nproc", "8,3").splitlines()
+    assert lines[0].startswith("  8 x loading")
+    assert lines[1] == "  3 x no: --batch 8 cannot be shared by 3 processes"
+    assert printed(capsys, "--nproc", "3").count("\n") == 1
+
+
+def test_float32_has_no_times(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    text = printed(capsys, "--policy", "speed/shapes/7b", "--nproc", "8", "--dtype", "float32")
+    assert "several times attention's scores, 11.3" in text
+    assert "an estimate" not in text
 
 
 @pytest.mark.parametrize("arguments, named", [("--policy nowhere", "nowhere"), ("--nproc 8,x", "8,x")])
@@ -476,6 +492,7 @@ def test_times_follow_the_limits_of_a_gpu(monkeypatch, capsys):
         assert wide[phase] == times[phase] == 2 * quick[phase]
     # One device does the work of eight one after the other, but draws all rows at once.
     alone = time_plan(settings, 1, "H200", thinker)
+    assert time_plan(settings, 8, "H200", thinker, side=512)["masks"] == times["masks"] / 4
     assert alone["update"] == pytest.approx(8 * times["update"])
     assert times["rollout"] < alone["rollout"] < 4 * times["rollout"]
     other = replace(settings, accumulate=2, beta=0.0, consistency=0.0)

@@ -120,7 +120,9 @@ def test_what_does_not_fit_is_not_begun(tmp_path, options, why):
 
 
 def test_a_stage_without_memory_is_skipped(tmp_path):
-    result = run(tmp_path, python("raise MemoryError('CUDA out of memory')"))
+    command = python("raise MemoryError('CUDA out of memory')")
+    assert run(tmp_path, command).status == "failed"
+    result = run(tmp_path, command, device_bytes=1.0)
     assert (result.status, result.why) == ("skipped", "does not fit the device: out of memory")
 
 
@@ -133,6 +135,31 @@ def test_a_stage_is_cut_off_when_time_is_up_with_all_that_it_started(tmp_path):
     assert time.monotonic() - start < 2.5
     time.sleep(3 - (time.monotonic() - start) + 0.5)
     assert not (tmp_path / "late").exists()
+
+
+def test_a_stage_that_hangs_leaves_time_for_the_others(tmp_path):
+    result = run(tmp_path, python("import time; time.sleep(9)"), longest=1)
+    assert (result.status, result.why) == ("failed", "hangs: not done after 1 s")
+
+
+def test_what_is_done_is_written_when_the_rest_is_not(tmp_path, monkeypatch, capsys):
+    def run_stage(stage, *_):
+        if stage.name == "train_device":
+            raise KeyboardInterrupt
+        return gpu.Result(stage.name, "passed")
+
+    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    with pytest.raises(SystemExit, match="stopped"):
+        gpu.main(["--device", "cpu", "--shape", "tiny", "--out", str(tmp_path)])
+    [stage] = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert stage["name"] == "tests"
+    assert "| tests | 0 | passed |" in (tmp_path / "results.md").read_text()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="cannot write"):
+        gpu.main(["--device", "cpu", "--shape", "tiny", "--out", str(tmp_path / "file/out")])
 
 
 def test_only_its_section_of_the_results_is_replaced():
@@ -153,13 +180,16 @@ def metrics(folder, rows):
         (folder / name).touch()
     lines = []
     for step, reward in enumerate(rows):
-        lines.append(dict(step=step, reward=reward, loss=0.0, gradient_norm=1.0, seconds={}, memory_gb=1.0))
+        seconds = dict(update=1.0, step=2.5)
+        row = dict(step=step, reward=reward, loss=0.0, gradient_norm=1.0, seconds=seconds, memory_gb=1.0)
+        lines.append(row)
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 def test_training_is_whole_or_what_lacks_is_named(tmp_path):
     metrics(tmp_path, [1.0, 2.0])
-    assert gpu.read_training("", tmp_path, continued=False)[0]["reward"] == 2.0
+    found, = gpu.read_training("", tmp_path, continued=False)
+    assert (found["reward"], found["seconds"]) == (2.0, 2.5)
     with pytest.raises(Failed, match="does not say that it continues"):
         gpu.read_training("", tmp_path, continued=True)
     metrics(tmp_path, [1.0, float("nan")])

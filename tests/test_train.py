@@ -29,6 +29,7 @@ from run.draw import (
     Source,
     epoch_length,
     from_shared_memory,
+    read_clip,
     sample_loader,
     training_sources,
 )
@@ -73,7 +74,7 @@ def numbers(task, count, start=0):
 
 
 def no_inputs(*_):
-    return None
+    return SimpleNamespace()
 
 
 BLIND = SimpleNamespace(video_inputs=no_inputs, image_inputs=no_inputs)
@@ -135,6 +136,32 @@ def test_pictures_and_masks_come_through_shared_memory(workers, objects):
         else:
             assert isinstance(clip.masks, np.ndarray)
             assert np.array_equal(clip.masks, masks)
+
+
+def test_full_shared_memory_ends_in_one_line(monkeypatch):
+    def share_memory(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(256, size=(8, 6, 3), dtype=np.uint8)
+
+    def read(item, rng):
+        return Clip("clip", Frames(lambda t: Image.fromarray(pixels), [0]), "red")
+
+    settings = settings_of("--batch", 1, "--workers", 1, "--steps", 1)
+    loader = sample_loader((Source("vos", [0], read),), BLIND, settings, 0, 0, 1)
+    with pytest.raises(BadInput, match=r"no room in shared memory, /dev/shm .*unable to allocate"):
+        next(map(from_shared_memory, loader))
+
+
+def test_frames_of_several_sizes_are_a_broken_clip():
+    def read(item, rng):
+        return Clip("gray", Frames(lambda t: Image.new("L", (6 + t, 8)), item), "red")
+
+    source = Source("vos", [[0, 1], [1]], read)
+    assert read_clip(source, [0, 1], None).fault == "frames of several sizes: gray"
+    assert read_clip(source, [1], None).frames[0].mode == "RGB"
 
 
 def test_an_epoch_draws_every_clip_once_whatever_the_number_of_processes():
