@@ -187,7 +187,7 @@ class Group:
     advantages: Tensor               # (G,)
     reference_logp: Tensor | None    # (G, C); None at beta 0
     # For people to look at; the loss needs none of it.
-    clip: Clip
+    clip: Clip | None                # None once it was looked at
     boxes: list[dict]                # G dicts {frame: boxes in source pixels}
     seed: int                        # of the rollout
     fault: str = ""                  # why the clip could not be read; then nothing of the group counts

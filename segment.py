@@ -677,10 +677,11 @@ def main(arguments=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     videos = listed_videos(options.video, options.out)
     several = len(videos) > 1
+    failed = []
     try:
         models = load_models(options) if several else None
         for video, out in tqdm(videos, "videos", unit="video", disable=not several):
-            with told_alone(several):
+            with told_alone(several, failed):
                 clip = open_clip(options, video)
                 models = models or load_models(options)
                 segment_clip(options, clip, out, *models)
@@ -688,6 +689,8 @@ def main(arguments=None):
         sys.exit(fail(error))
     except KeyboardInterrupt as stop:
         sys.exit(interrupted(stop))
+    if failed:
+        sys.exit(fail(f"{len(failed)} of {len(videos)} videos have no masks"))
 
 
 if __name__ == "__main__":

@@ -41,20 +41,23 @@ def listed_videos(path: str | None, out: str) -> list[tuple]:
     # Hidden files are no videos: macOS puts one beside every file.
     names = [name for name in sorted(os.listdir(path)) if not name.startswith(".")]
     videos = [name for name in names if name.lower().endswith(VIDEO_NAMES)]
-    if not videos or any(map(is_picture, names)):
+    # Frames of one video may have a few files beside them, and videos a cover.
+    if len(videos) <= sum(map(is_picture, names)):
         return [(path, out)]
     return [(os.path.join(path, name), os.path.join(out, name)) for name in videos]
 
 
 @contextmanager
-def told_alone(several: bool):
-    """Where there are several videos, a BadInput of one is told in a line, and the others go on."""
+def told_alone(several: bool, failed: list):
+    """Where there are several videos, one that cannot be read is told in a line and added to `failed`."""
     try:
         yield
-    except BadInput as error:
+    # A link that leads nowhere is a FileNotFoundError.
+    except (BadInput, FileNotFoundError) as error:
         if not several:
             raise
         tqdm.write(f"no masks: {error}", file=sys.stderr)
+        failed.append(error)
 
 
 # ---- files -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ The script of page.html moves all cards of a clip to the same frame. Without it,
 n: shown frames; frame number i of them is frame times[i] of the clip.
 """
 from data import answer_text, format_time, is_null
+from report.draw import LONGEST_SOUND
 from report.page import NONE, bars, data_uri, escape, image_class, number
 
 LONGEST_TEXT = 20_000    # characters of an answer that a page shows
@@ -47,7 +48,12 @@ def facts(record, files) -> str:
     sound = files.get(record["sound"])
     player = ""
     if sound:
-        player = f'<audio controls preload="metadata" src="{data_uri(record["sound"], sound)}"></audio>'
+        label = "sound of the clip"
+        if T / record["fps"] > LONGEST_SOUND:
+            label = f"the first {LONGEST_SOUND} s of the sound"
+            text += f" · {label} are kept"
+        player = (f'<audio controls preload="metadata" aria-label="{label}" '
+                  f'src="{data_uri(record["sound"], sound)}"></audio>')
     prompt = f'<details><summary>prompt</summary><pre>{escape(record["prompt"])}</pre></details>'
     return f'<p class="facts">{text}</p><div class="media">{player}{prompt}</div>'
 

@@ -164,11 +164,10 @@ def kept(files, content, kind) -> str:
 def draw_strip(pictures: list) -> tuple[bytes, tuple]:
     """(n frames from top to bottom as one WebP, (w, h) of a frame). Frames are never enlarged."""
     width, height = pictures[0].size
+    tallest = LONGEST_STRIP // len(pictures)
     for side, quality in zip(SIDES, QUALITIES):
-        scale = min(1, side / max(width, height))
+        scale = min(1, side / max(width, height), tallest / height)
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        if len(pictures) * size[1] > LONGEST_STRIP:
-            continue
         strip = Image.new("RGB", (size[0], len(pictures) * size[1]))
         for i, picture in enumerate(pictures):
             small = picture if picture.size == size else picture.resize(size, Image.BICUBIC, reducing_gap=2)
@@ -231,7 +230,8 @@ def png(parts, colours) -> bytes:
 
 def wav(sound: np.ndarray) -> bytes:
     """The first LONGEST_SOUND seconds of a sound at 16 kHz, as loud as 8 bits allow."""
-    sound = resample_poly(sound[:LONGEST_SOUND * SAMPLE_RATE], SOUND_RATE, SAMPLE_RATE)
+    sound = np.nan_to_num(sound[:LONGEST_SOUND * SAMPLE_RATE])
+    sound = resample_poly(sound, SOUND_RATE, SAMPLE_RATE)
     loudest = max(float(np.abs(sound).max(initial=0)), 1e-6)
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:

@@ -7,18 +7,19 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
 from benchmarks.predictions import open_predictions, read_answers, read_prediction
 from benchmarks.samples import load
-from data import LONGEST_QUERY
+from data import LONGEST_QUERY, answer_text
 from report.cases import show_case
 from report.causes import CAUSES, FAILED, read_boxes, scored_frames
 from report.draw import Shown, draw_case
 from report.page import NONE, bars, dotted, escape, figures, fill, histogram, number, table, write_page
 from report.training import LEGEND, used_pictures
-from trust.errors import one_line
+from trust.errors import BadInput, one_line
 from trust.files import read_json
 
 # How many cases of each sort are shown.
@@ -35,6 +36,8 @@ def write_evaluation(out: str, benchmark, samples: list, results: dict, columns,
     """
     path = os.path.join(out, "report.html")
     try:
+        # An older page does not belong to the new results.
+        Path(path).unlink(missing_ok=True)
         write_page(path, evaluation_page(benchmark, samples, results, columns, against))
     except Exception as error:
         print(f"warning: writing {path} failed ({one_line(error)})", file=sys.stderr)
@@ -157,7 +160,8 @@ def questions(rows) -> str:
     asked = [row for row in rows if "read" in row]
     lines = []
     for row in ends_of(asked):
-        lines.append([row["query"], row["solution"], row.get("text", ""), row["read"] or "nothing"])
+        answer = answer_text(row.get("text", ""))
+        lines.append([row["query"], row["solution"], answer, row["read"] or "nothing"])
     if not lines:
         return ""
     drawn = table("questions", ["question", "solution", "answer", "read as"], lines)
@@ -186,14 +190,20 @@ def galleries(rows, before, column) -> list:
 
 
 def open_side(name, results, rows) -> dict:
-    """What is known of one of the evaluations: its predictions, answers and rows."""
+    """What is known of one of the evaluations: its predictions, answers and rows.
+
+    An earlier one may be of other code, and its predictions may be gone or damaged: it has its rows then.
+    """
     source = None
     answers = {}
-    place = results["predictions"]
-    if place and os.path.exists(place):
-        source = open_predictions(place)
-        if os.path.isdir(place):
-            answers = read_answers(place)
+    place = str(results.get("predictions"))
+    if os.path.exists(place):
+        try:
+            source = open_predictions(place)
+            if os.path.isdir(place):
+                answers = read_answers(place)
+        except (OSError, BadInput) as error:
+            print(f"warning: no masks are shown of {place} ({one_line(error)})", file=sys.stderr)
     return dict(name=name, source=source, answers=answers, rows={row["name"]: row for row in rows})
 
 
@@ -229,7 +239,7 @@ def draw_sample(sample, sides, column) -> tuple:
     for side in sides:
         row = side["rows"][sample.name]
         pred = None
-        if side["source"] is not None and row["problem"] is None:
+        if side["source"] is not None and row.get("problem") is None:
             pred = read_prediction(side["source"], sample, true.shape[2:])
         masks = None if pred is None else dict(zip(times, pred))
         answers.append(shown_answer(side["answers"].get(sample.name), masks))

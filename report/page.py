@@ -11,14 +11,13 @@ import base64
 import hashlib
 import html
 import math
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.results import whole_file
 from data import encodable
-from trust.files import PARTIAL, writing
 
 TEMPLATE = Path(__file__).with_name("page.html")
 KINDS = {"webp": "image/webp", "png": "image/png", "wav": "audio/wav"}
@@ -42,9 +41,8 @@ def fill(title: str, body: str, pictures: dict) -> str:
 
 def write_page(path: str, page: str) -> None:
     """Writes the page, which is complete at any time. Raises OSError that names it."""
-    with writing(path):
-        Path(path + PARTIAL).write_text(page, encoding="utf-8")
-        os.replace(path + PARTIAL, path)
+    with whole_file(path) as unfinished:
+        Path(unfinished).write_text(page, encoding="utf-8")
 
 
 def image_class(name: str) -> str:
@@ -154,17 +152,21 @@ def bars(caption: str, values: dict, decimals: int = 2, ends=(0.0, 0.0), meaning
     """A table of values with a bar each, to the right of zero or to the left.
 
     ends: the least and the largest value of all tables that are compared. meanings: what some names mean.
+    A value that is not finite has no bar.
     """
-    low = min(0.0, ends[0], *values.values())
-    high = max(0.0, ends[1], *values.values())
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    known = [0.0, *ends, *finite.values()]
+    low = min(known)
+    high = max(known)
     span = high - low or 1
     zero = 100 * -low / span
     rows = []
     for name, value in values.items():
-        start = 100 * (min(value, 0) - low) / span
-        width = 100 * abs(value) / span
-        side = "minus" if value < 0 else "plus"
-        bar = f'<i class="{side}" style="--w:{width:.1f}%;--s:{start:.1f}%"></i>' if value else ""
+        length = finite.get(name, 0)
+        start = 100 * (min(length, 0) - low) / span
+        width = 100 * abs(length) / span
+        side = "minus" if length < 0 else "plus"
+        bar = f'<i class="{side}" style="--w:{width:.1f}%;--s:{start:.1f}%"></i>' if length else ""
         meaning = f"<small>{escape(meanings[name])}</small>" if name in meanings else ""
         rows.append(f'<tr><th scope="row">{escape(name)}{meaning}</th><td aria-hidden="true">{bar}</td>'
                     f'<td>{number(value, decimals)}</td></tr>')

@@ -5,10 +5,14 @@
 A look is what run/rollouts.py kept of one step: records of draw.py with `step`, `fixed` (a validation clip)
 and, for each answer, its reward.
 """
+import math
+from collections import ChainMap
+
 from report.cases import show_case
 from report.page import NONE, bars, curve, dotted, escape, figures, fill, number, short, table
 
 MOST_CASES = 20             # clips on a page
+NEWEST = 8                  # answers to a validation clip that are shown
 LARGEST_PAGE = 9_500_000    # characters, nearly all of them pictures
 
 # Where a figure of metrics.jsonl belongs. All others are rewards.
@@ -48,13 +52,11 @@ def training_page(run: dict, rows: list[dict], looks: list) -> str:
 
     run    identity: settings.json
     rows   lines of metrics.jsonl
-    looks  (records, {name: bytes}) of each look, in order of time
+    looks  (records, {name: bytes}) of each look, in order of time; only what is shown is asked for
 
     Has at most MOST_CASES clips, and fewer where the page would be larger than LARGEST_PAGE.
     """
-    files = {}
-    for _, kept in looks:
-        files |= kept
+    files = ChainMap(*[kept for _, kept in looks])
     fixed = merged([record for records, _ in looks for record in records if record["fixed"]])
     most = MOST_CASES - len(fixed)
     while True:
@@ -98,11 +100,16 @@ def heading(run, name, steps, end) -> str:
     settings = run.get("settings", {})
     done = steps[-1] if steps else 0
     facts = [f"step {done} of {end}", f"data {settings.get('data', NONE)}"]
-    facts += [f"{settings.get('batch', NONE)} prompts x {settings.get('group', NONE)} completions a step"]
+    facts += [f"{prompts_of(settings)} prompts x {settings.get('group', NONE)} completions a step"]
     facts += [f"{run.get('processes', 1)} process{'es' * (run.get('processes', 1) != 1)}"]
-    facts += [f"began {run.get('started', NONE)}", f"code {run.get('revision') or NONE}"]
+    facts += [f"begun or continued {run.get('started', NONE)}", f"code {run.get('revision') or NONE}"]
     return (f'<p class="group" style="margin-top:0">Training run</p><h1>{escape(name)}</h1>'
             f'<p class="lead">{dotted(facts)}</p>')
+
+
+def prompts_of(settings) -> str:
+    """How many prompts a step has."""
+    return str(settings["batch"] * settings.get("accumulate", 1)) if "batch" in settings else NONE
 
 
 def overview(rows) -> str:
@@ -184,7 +191,7 @@ def show_look(records, files, settings) -> str:
     """The clips of one step, each with its group of completions, the best first."""
     step = records[0]["step"]
     parts = [f'<section id="step-{step}"><h2>Step {step}</h2><p class="lead">{len(records)} of the '
-             f'{settings.get("batch", "")} prompts. Each has a group of completions, in the order of their '
+             f'{prompts_of(settings)} prompts. Each has a group of completions, in the order of their '
              f'advantages.</p>{LEGEND}']
     for record in records:
         order = sorted(record["answers"], key=lambda answer: -answer["advantage"])
@@ -206,7 +213,7 @@ def with_ends(answers) -> list[dict]:
     """The answers with `ends`, the least and the largest of all their terms: so their bars compare."""
     values = [0.0]
     for answer in answers:
-        values += answer["terms"].values()
+        values += filter(math.isfinite, answer["terms"].values())
     ends = min(values), max(values)
     return [answer | dict(ends=ends) for answer in answers]
 
@@ -216,7 +223,7 @@ def fault(record) -> str:
 
 
 def merged(records: list[dict]) -> list[dict]:
-    """One record for each validation clip, with its answers in order of time; each answer has its step.
+    """One record for each validation clip, with its newest answers in order of time; each has its step.
 
     Where a keyframe was named that other looks do not show, only answers of the same frames stay.
     """
@@ -225,7 +232,7 @@ def merged(records: list[dict]) -> list[dict]:
         answers = [answer | dict(step=record["step"]) for answer in record["answers"]]
         earlier = clips.get((record["clip"], record["query"]))
         if earlier and earlier["times"] == record["times"]:
-            answers = earlier["answers"] + answers
+            answers = (earlier["answers"] + answers)[-NEWEST:]
         clips[record["clip"], record["query"]] = record | dict(answers=answers)
     return list(clips.values())
 
@@ -237,7 +244,7 @@ def show_fixed(records, files) -> str:
     parts = ['<section id="validation"><h2>Validation clips</h2><p class="lead">The same clips at every '
              f'checkpoint, answered greedily. They are not trained on.</p>{LEGEND}']
     for record in records:
-        newest = record["answers"][::-1][:8]
+        newest = record["answers"][::-1]
         heads = []
         for answer in newest:
             values = dict(reward=number(answer["reward"]), tokens=answer["tokens"])

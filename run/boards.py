@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from report.training import grouped
-from trust.errors import BadInput
+from trust.errors import BadInput, one_line
 
 
 def start_boards(settings, out: str, run: dict, start: int, first: bool) -> list:
     """The boards that the settings ask for. Only the first process has any.
 
     start: the step that the run begins or goes on with. Raises BadInput, on every process, where a board's
-    package is not installed.
+    package is not installed, and on the first where Weights & Biases cannot begin.
     """
     boards = []
     if settings.tensorboard:
@@ -63,8 +63,12 @@ class Wandb:
         # Remembers its name there, for the run to go on under it.
         file = Path(out, "wandb.txt")
         earlier = file.read_text().strip() if start and file.exists() else None
-        self.board = wandb.init(project=settings.wandb, name=settings.name, id=earlier, dir=out,
-                                resume="allow", config=run)
+        try:
+            self.board = wandb.init(project=settings.wandb, name=settings.name, id=earlier, dir=out,
+                                    resume="allow", config=run)
+        # Its errors are of its own kinds: nobody is logged in, or the network is down.
+        except Exception as error:
+            raise BadInput(f"--wandb {settings.wandb}: {one_line(error)}") from None
         file.write_text(self.board.id)
 
     def write(self, row: dict) -> None:

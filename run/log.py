@@ -34,6 +34,10 @@ from trust.errors import BadInput, one_line
 
 
 # ---- phases ----------------------------------------------------------------------------------------
+# Phases between two steps. The line of the next step tells them, beside its own.
+AFTER = ("validation", "saving", "look")
+
+
 @dataclass
 class Watch:
     """Times the phases of each step, and knows whether the run is to stop."""
@@ -41,6 +45,7 @@ class Watch:
     phase: str = "start"                                      # the running phase, else the last one
     running: bool = False
     seconds: dict = field(default_factory=dict)               # {phase: seconds} of this step
+    after: dict = field(default_factory=dict)                 # of what came after the step before
     last: float = field(default_factory=time.perf_counter)    # when a phase began or ended
     stop_requested: bool = False                              # by SIGTERM or Ctrl-C
 
@@ -62,9 +67,10 @@ class Watch:
         self.running = False
 
     def new_step(self, step: int) -> None:
-        """Ends the phase that is running, and forgets the seconds of the step before."""
+        """Ends the phase that is running. Of the step before, only what came after it is remembered."""
         self.end()
         self.step = step
+        self.after = {phase: self.seconds[phase] for phase in AFTER if phase in self.seconds}
         self.seconds = {}
 
 
@@ -93,7 +99,7 @@ def step_metrics(
         row[name] = sums[name] / tokens
     row["gradient_norm"] = norm if math.isfinite(norm) else None
     row["skipped"] = skipped
-    row["seconds"] = watch.seconds | dict(step=sum(watch.seconds.values()))
+    row["seconds"] = watch.after | watch.seconds | dict(step=sum(watch.seconds.values()))
     row["memory_gb"] = peak_memory(device)
     return rounded(row, 6)
 

@@ -15,10 +15,12 @@ import json
 import os
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.results import whole_file
 from data import TASKS, own_boxes
 from report.draw import Shown, draw_case, draw_sheet, is_tracked
 from report.page import write_page
@@ -26,11 +28,11 @@ from report.training import training_page
 from run.boards import start_boards
 from run.log import plot, read_rows, warned
 from segment import to_source, track_groups
-from trust.files import PARTIAL, writing
+from trust.files import PARTIAL
 
 PROMPTS = 3        # of a batch that are looked at
 VALIDATED = 4      # validation clips that are looked at
-NAME = re.compile(r"step-([0-9]{6,})\.(?:jsonl|zip)")
+NAME = re.compile(rf"step-([0-9]{{6,}})\.(?:jsonl|zip)(?:{re.escape(PARTIAL)})?")
 
 
 class Album:
@@ -61,28 +63,31 @@ class Album:
             self.fixed.append((clip, text, boxes, facts))
 
     def look(self, step: int, groups: list, systems, watch) -> None:
-        """Writes the files of a step, the page and curves.png, where they are due.
+        """Writes the files of a step, the page and curves.png, where they are due. Forgets the groups' clips.
 
         It is called after a checkpoint is saved, so that no step is lost by it.
         """
-        done = step + 1
-        last = done == self.settings.steps
-        due = last or step == 0 or done % self.settings.look_every == 0
-        fixed = self.fixed
+        last = step + 1 == self.settings.steps
+        due = last or step == 0 or (step + 1) % self.settings.look_every == 0
+        if self.first and (due or self.fixed):
+            watch.begin("look")
+            self.write_files(step, groups[:PROMPTS] if due else [], systems)
+            watch.end()
         self.fixed = []
-        if not self.first or not (due or fixed):
-            return
-        watch.begin("look")
+        # They would stay in memory while the next ones are read.
+        for group in groups:
+            group.clip = None
+
+    def write_files(self, step: int, groups: list, systems) -> None:
         plot(self.out)
         with warned("looking at the rollouts"):
-            cases = [case_of_group(group, systems) for group in groups[:PROMPTS] if due]
-            cases += [case_of_answer(*answer, systems) for answer in fixed]
-            write_look(self.out, done, cases)
+            cases = [case_of_group(group, systems) for group in groups]
+            cases += [case_of_answer(*answer, systems) for answer in self.fixed]
+            write_look(self.out, step + 1, cases)
             for board in self.boards:
                 for number, (clip, answers, _) in enumerate(cases):
                     board.show(f"rollouts/{number}", draw_sheet(clip, answers[:4]), step)
         write_report(self.out, self.run)
-        watch.end()
 
 
 # ---- a look ----------------------------------------------------------------------------------------
@@ -144,20 +149,16 @@ def write_look(out: str, step: int, cases: list) -> None:
         record, pictures = draw_case(clip, answers)
         lines.append(json.dumps(dict(step=step) | facts | record) + "\n")
         files |= pictures
-    path = look_path(out, step, "zip")
     # The pictures are compressed already.
-    with writing(path), zipfile.ZipFile(path + PARTIAL, "w") as archive:
+    with whole_file(look_path(out, step, "zip")) as path, zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
-    os.replace(path + PARTIAL, path)
-    path = look_path(out, step, "jsonl")
-    with writing(path):
-        Path(path + PARTIAL).write_text("".join(lines), encoding="utf-8")
-    os.replace(path + PARTIAL, path)
+    with whole_file(look_path(out, step, "jsonl")) as path:
+        Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def look_steps(out: str) -> dict:
-    """{step: its files} of all looks, in order of time."""
+    """{step: its files} of all looks, in order of time. Some may be unfinished."""
     steps = {}
     for path in sorted(Path(out, "rollouts").glob("step-*")):
         match = NAME.fullmatch(path.name)
@@ -167,24 +168,56 @@ def look_steps(out: str) -> dict:
 
 
 def remove_looks(out: str, start: int) -> None:
-    """Removes the looks of steps after `start`: a run that goes on does these steps again."""
+    """Removes the looks of steps after `start`, which a run that goes on does again, and unfinished files."""
     for step, paths in look_steps(out).items():
-        if step > start:
-            for path in paths:
+        whole = Path(look_path(out, step, "jsonl")) in paths
+        for path in paths:
+            if step > start or not whole or path.suffix == PARTIAL:
                 path.unlink()
 
 
 def read_looks(out: str) -> list:
-    """(records, {name: bytes}) of each look that is whole, in order of time."""
+    """(records, its Pictures) of each look that is whole, in order of time."""
     looks = []
-    for step in look_steps(out):
-        with warned(f"reading {look_path(out, step, 'jsonl')}"):
-            with open(look_path(out, step, "jsonl"), encoding="utf-8") as file:
+    for step, paths in look_steps(out).items():
+        lines = Path(look_path(out, step, "jsonl"))
+        if lines not in paths:
+            continue
+        with warned(f"reading {lines}"):
+            with open(lines, encoding="utf-8") as file:
                 records = [json.loads(line) for line in file]
-            with zipfile.ZipFile(look_path(out, step, "zip")) as archive:
-                files = {name: archive.read(name) for name in archive.namelist()}
-            looks.append((records, files))
+            if not all({"fixed", "answers", "times"} <= set(record) for record in records):
+                raise ValueError("it holds other records")
+            looks.append((records, Pictures(look_path(out, step, "zip"))))
     return looks
+
+
+class Pictures(Mapping):
+    """{name: bytes} of a look's .zip. Each is read when asked for: a long run has more than memory takes.
+
+    One that is damaged is empty.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        with zipfile.ZipFile(path) as archive:
+            self.names = set(archive.namelist())
+
+    def __contains__(self, name):
+        return name in self.names
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, name):
+        if name not in self.names:
+            raise KeyError(name)
+        with warned(f"reading {self.path}"), zipfile.ZipFile(self.path) as archive:
+            return archive.read(name)
+        return b""
 
 
 def write_report(out: str, run: dict) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 import types
 import urllib.request
+import zipfile
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 
 import eval as evaluation
+from benchmarks import results
 from benchmarks.predictions import write_prediction
 from benchmarks.toy import TOY, toy_clip
 from data import Clip, Frames
@@ -161,13 +163,24 @@ def test_long_videos_are_shown_in_part_but_with_all_keyframes():
     assert len(draw.shown_times(1000, [everything])) <= draw.MOST_FRAMES + draw.MOST_KEYFRAMES
 
 
-@pytest.mark.parametrize("size, frames", [((640, 360), 24), ((90, 1600), 30), ((1, 1), 1)])
+@pytest.mark.parametrize("size, frames", [((640, 360), 24), ((90, 1600), 30), ((1, 1), 1), ((16, 16), 1100)])
 def test_pictures_of_any_clip_fit(size, frames):
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)) for _ in range(2)]
     strip, (w, h) = draw.draw_strip([noise[t % 2] for t in range(frames)])
     assert len(strip) <= draw.LARGEST_STRIP
     assert Image.open(io.BytesIO(strip)).size == (w, h * frames)
+
+
+def test_a_long_sound_is_said_to_be_cut():
+    clip = toy_clip("test", 3)
+    clip.fps = len(clip.frames) / 30
+    record, files = draw_case(clip, [])
+    body = training.show_case(record, files, [])
+    assert "30.0 s" in body and body.count("the first 10 s of the sound") == 2
+    clip.fps = len(clip.frames) / 5
+    record, files = draw_case(clip, [])
+    assert 'aria-label="sound of the clip"' in training.show_case(record, files, [])
 
 
 def test_a_picture_and_a_question_are_drawn():
@@ -192,6 +205,14 @@ def test_a_page_says_what_the_run_is_and_did(run_page):
                   "\N{MINUS SIGN}0.50", "seconds of a phase", "decode_tokens_per_s",
                   toy_clip("test", 0).query):
         assert words in said.text, words
+
+
+def test_prompts_of_all_parts_of_a_step_are_counted():
+    settings = IDENTITY["settings"] | dict(accumulate=4)
+    record, files = draw_case(toy_clip("test", 1), answers_of(toy_clip("test", 1), [completion()]))
+    look = [record | dict(step=1, fixed=False, seed=0, fault="")], files
+    said = Reader(training.training_page(dict(settings=settings), [], [look])).text
+    assert "32 prompts x 2 completions a step" in said and "1 of the 32 prompts" in said
 
 
 def test_everything_is_named_for_a_screen_reader(run_page):
@@ -234,6 +255,20 @@ def test_twenty_groups_fit_into_ten_megabytes():
     assert training.MOST_CASES * (single - empty) + empty < 10e6
 
 
+def test_only_pictures_that_are_shown_are_in_a_page():
+    looks = []
+    clip = toy_clip("test", 1)
+    for step in range(1, 21):
+        answer, = answers_of(clip, [completion()])
+        answer.masks = {t: np.roll(mask, step, 0) for t, mask in answer.masks.items()}
+        record, files = draw_case(clip, [answer])
+        looks.append(([dict(step=step, fixed=True, seed=0, fault="") | record], files))
+    content = training.training_page(IDENTITY, [], looks)
+    assert "Step 20" in content and "Step 12<" not in content
+    masks = {record["answers"][0]["masks"] for records, _ in looks for record in records}
+    assert sum(f".{page.image_class(name)}{{" in content for name in masks) == training.NEWEST
+
+
 def test_a_page_that_grows_too_large_shows_fewer_looks(monkeypatch):
     record, files = draw_case(toy_clip("test", 1), answers_of(toy_clip("test", 1), [completion()]))
     looks = [([dict(step=step, fixed=False, seed=0, fault="") | record], files) for step in (1, 2, 3)]
@@ -265,6 +300,15 @@ def test_numbers_are_aligned_and_have_true_signs():
     assert page.number(-0.5) == "\N{MINUS SIGN}0.50" and page.number(0.5, signed=True) == "+0.50"
     assert page.number(-0.001) == "0.00" and page.number(None) == page.number(float("nan")) == page.NONE
     assert page.short(123456.0) == "123456" and page.short(1e-6) == "1.0e\N{MINUS SIGN}06"
+
+
+def test_a_bar_of_what_is_no_number_is_not_drawn():
+    drawn = page.bars("terms", dict(a=float("nan"), b=1.0, c=float("-inf")))
+    assert drawn.count("<i") == 1 and "nan" not in drawn and "--w:100.0%" in drawn
+    assert drawn.count(f"<td>{page.NONE}</td>") == 2
+    # The other answers' bars keep their scale.
+    answers = [dict(terms=dict(a=float("nan"), b=-2.0)), dict(terms=dict(a=4.0))]
+    assert [answer["ends"] for answer in training.with_ends(answers)] == [(-2.0, 4.0)] * 2
 
 
 def test_a_curve_leaves_out_what_is_no_number():
@@ -309,10 +353,23 @@ def album_of(out, start=0, rank=0, **settings):
 SYSTEMS = SimpleNamespace(tracker=Tracker(), processor=None)
 
 
+def test_what_comes_after_a_step_is_in_the_next_line(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    watch = Watch()
+    for phase in ("update", "validation", "look"):
+        watch.begin(phase)
+    watch.new_step(1)
+    watch.begin("update")
+    watch.end()
+    assert watch.after == dict(validation=1, look=1)
+    assert watch.seconds == dict(update=1)
+
+
 def test_an_album_looks_at_the_first_step_every_few_and_the_last(tmp_path):
     album = album_of(tmp_path, steps=13)
     (tmp_path / "metrics.jsonl").write_text(json.dumps(log_rows(1)[0]))
-    groups = [group_of(toy_clip("test", i)) for i in range(5)]
+    clips = [toy_clip("test", i) for i in range(5)]
     torch.manual_seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     watch = Watch()
@@ -320,7 +377,9 @@ def test_an_album_looks_at_the_first_step_every_few_and_the_last(tmp_path):
         if step == 6:
             # A checkpoint, whose validation clips are kept.
             album.keep(toy_clip("test", 9), completion(), {2: []}, TERMS, 2.0, 5)
+        groups = [group_of(clip) for clip in clips]
         album.look(step, groups, SYSTEMS, watch)
+        assert not any(group.clip for group in groups)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
     assert list(look_steps(tmp_path)) == [1, 5, 7, 10, 13]
@@ -365,6 +424,52 @@ def test_a_failing_look_is_a_warning(tmp_path, capsys):
     assert len(looks) == 1 and "step-000005" in capsys.readouterr().err
 
 
+def test_pictures_of_a_look_are_read_when_they_are_shown(tmp_path, monkeypatch, capsys):
+    write_look(str(tmp_path), 1, cases(1))
+    (_, files), = read_looks(str(tmp_path))
+    names = list(files)
+    assert len(files) == len(names) > 3 and len(files[names[0]]) > 100 and "other" not in files
+    read = []
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda archive, name: read.append(name) or b"")
+    look, = read_looks(str(tmp_path))
+    assert read == []
+    training.training_page(IDENTITY, [], [look])
+    assert set(read) == set(names)
+    # One that is damaged is empty, and the page is written.
+    monkeypatch.undo()
+    path = tmp_path / "rollouts/step-000001.zip"
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + b"damaged" + content[207:])
+    (tmp_path / "metrics.jsonl").write_text("")
+    rollouts.write_report(str(tmp_path), IDENTITY)
+    assert "Bad CRC" in capsys.readouterr().err and (tmp_path / "report.html").exists()
+
+
+def test_an_interrupted_look_is_no_look(tmp_path, capsys):
+    for step in (5, 10):
+        write_look(str(tmp_path), step, cases(1))
+    folder = tmp_path / "rollouts"
+    (folder / "step-000010.jsonl").unlink()
+    (folder / "step-000005.zip.partial").write_bytes(b"half")
+    assert len(read_looks(str(tmp_path))) == 1 and capsys.readouterr().err == ""
+    album_of(tmp_path, start=10)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000005.jsonl", "step-000005.zip"]
+
+
+def test_a_full_disk_keeps_no_half_of_a_look(tmp_path, monkeypatch, capsys):
+    """What is left of the disk is for checkpoints."""
+    def full(archive, name, content):
+        archive.fp.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    album = album_of(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    album.look(0, [group_of(toy_clip("test", 1))], SYSTEMS, Watch())
+    assert "step-000001.zip (No space left" in capsys.readouterr().err
+    assert list((tmp_path / "rollouts").iterdir()) == []
+
+
 def test_boards_get_the_grouped_names(tmp_path, monkeypatch):
     written = []
 
@@ -400,6 +505,15 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
     album_of(tmp_path, wandb="project")
     album_of(tmp_path, start=3, wandb="project").write(dict(step=4, kl=0.5))
     assert begun == [None, "abc", ({"loss/kl": 0.5}, 4)]
+
+
+def test_wandb_that_cannot_begin_is_told_in_a_line(tmp_path, monkeypatch):
+    def init(**options):
+        raise RuntimeError("not logged in\nlong advice")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(BadInput, match="^--wandb project: RuntimeError: not logged in"):
+        album_of(tmp_path, wandb="project")
 
 
 @pytest.mark.parametrize("options, package", [
@@ -497,6 +611,28 @@ def test_a_failing_page_is_a_warning(evaluated, monkeypatch, capsys):
     assert "report.html failed" in err and "results.json" in out
 
 
+@pytest.mark.parametrize("lost", ["fields", "place", "predictions"])
+def test_an_evaluation_of_other_code_is_compared_too(lost, evaluated, tmp_path, capsys):
+    results = json.loads((evaluated.parent / "right-out/results.json").read_text())
+    if lost == "fields":
+        del results["predictions"], results["policy"]
+        for row in results["expressions"]:
+            del row["cause"], row["problem"]
+    if lost == "place":
+        results["predictions"] = 5
+    if lost == "predictions":
+        results["predictions"] = str(tmp_path / "damaged.json")
+        (tmp_path / "damaged.json").write_text("[")
+    other = tmp_path / "results.json"
+    other.write_text(json.dumps(results))
+    predictions = str(evaluated).removesuffix("-out")
+    evaluation.main(["--predictions", predictions, "--limit", "10", "--out", str(tmp_path / "out"),
+                     "--against", str(other)])
+    assert "report.html failed" not in capsys.readouterr().err
+    content = (tmp_path / "out/report.html").read_text()
+    assert "Lost most" in content and content.count('class="card"') > 2
+
+
 def test_no_sample_is_shown_twice_and_ends_of_long_tables_are_shown():
     rows = [dict(name=str(i), J=i) for i in range(30)]
     shown = [row["name"] for _, _, part in galleries(rows, {}, "J") for row in part]
@@ -507,7 +643,29 @@ def test_no_sample_is_shown_twice_and_ends_of_long_tables_are_shown():
 def test_a_question_shows_what_was_read():
     row = dict(query="which?", solution="B", text="<answer>b</answer>", read="")
     said = Reader(questions([row, dict(query="no question")])).text
-    assert "which?" in said and "<answer>b</answer>" in said and "nothing" in said
+    assert "which?" in said and " b " in f" {said} " and "nothing" in said
+
+
+# ---- a folder of videos ----------------------------------------------------------------------------
+def test_a_picture_beside_videos_does_not_hide_them(tmp_path):
+    for name in ("a.mp4", "b.MOV", "cover.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    listed = [(str(tmp_path / name), f"out/{name}") for name in ("a.mp4", "b.MOV")]
+    assert results.listed_videos(str(tmp_path), "out") == listed
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    assert results.listed_videos(str(tmp_path), "out") == [(str(tmp_path), "out")]
+
+
+def test_a_link_that_leads_nowhere_does_not_end_the_others(capsys):
+    failed = []
+    with results.told_alone(True, failed):
+        raise FileNotFoundError("no such video: a.mp4")
+    assert len(failed) == 1
+    assert "no masks: no such video: a.mp4" in capsys.readouterr().err
+    for several, error in ((False, FileNotFoundError("a")), (True, OSError(28, "No space left on device"))):
+        with pytest.raises(OSError), results.told_alone(several, failed):
+            raise error
 
 
 # ---- in a browser ----------------------------------------------------------------------------------
@@ -642,3 +800,26 @@ def test_no_script_of_a_model_runs_and_no_request_leaves(browser, run_page, eval
             assert browser.run("return document.title") != "1"
             # The refused request is in the log, too.
             browser.requested()
+
+
+@pytest.mark.parametrize("size", [(3, 2000), (2000, 3)])
+def test_no_clip_makes_a_picture_taller_than_a_window(browser, size, tmp_path):
+    picture = Image.new("RGB", size)
+    masks = np.ones((1, 30, size[1], size[0]), bool)
+    clip = Clip("thin", Frames(lambda t: picture, range(30)), "it", masks=masks)
+    record, files = draw_case(clip, answers_of(clip, [completion()]))
+    look = [record | dict(step=1, fixed=False, seed=0, fault="")], files
+    page.write_page(str(tmp_path / "report.html"), training.training_page(IDENTITY, [], [look]))
+    browser.open(tmp_path / "report.html")
+    browser.run("document.querySelector('.case').style.contentVisibility = 'visible'")
+    for width, height in browser.run("return [...document.querySelectorAll('.stage, .still')].map("
+                                     "e => [e.clientWidth, e.clientHeight])"):
+        assert width >= 8 and 8 <= height <= 640
+    assert browser.run(OVERFLOW) == []
+    # The frame that is shown stays in view in the time line.
+    browser.run("document.querySelector('.case .timeline').focus()")
+    for _ in range(20):
+        browser.press(RIGHT)
+    assert browser.run("""const line = document.querySelector('.timeline').getBoundingClientRect();
+        const mark = document.querySelector('.at i').getBoundingClientRect();
+        return mark.left >= line.left && mark.right <= line.right""")

@@ -1119,13 +1119,16 @@ def test_a_folder_of_videos_is_done_one_by_one(tmp_path, capsys):
     (tmp_path / "in/broken.mp4").write_bytes(b"no video")
     (tmp_path / "in/notes.txt").write_text("no video")
     folder = str(tmp_path / "out")
-    segment_program.main(["--video", str(tmp_path / "in"), "--query", "the red circle", "--out", folder])
+    with pytest.raises(SystemExit) as stop:
+        segment_program.main(["--video", str(tmp_path / "in"), "--query", "the red circle", "--out", folder])
+    assert stop.value.code == 2
     for name in ("a.avi", "b.avi"):
         assert (tmp_path / "out" / name / "sheet.png").exists()
         assert len(written_masks(tmp_path / "out" / name)) == 3
     out, err = capsys.readouterr()
     assert out.index("a.avi/answer.json") < out.index("b.avi/answer.json") and "<think>" in out
     assert "no masks: " in err and "broken.mp4" in err
+    assert "error: 1 of 3 videos have no masks" in err
 
 
 def test_a_folder_of_frames_is_one_video(tmp_path):
