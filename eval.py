@@ -186,7 +186,7 @@ def run_claim(options, benchmark, root) -> dict:
         policy=os.path.realpath(options.policy),
         policy_weights=fingerprint(options.policy),
         sam2_weights=os.path.realpath(options.sam2_weights))
-    for name in ("system2", "frames", "video_tokens", "image_tokens", "max_new_tokens"):
+    for name in ("system2", "mask_prompt", "frames", "video_tokens", "image_tokens", "max_new_tokens"):
         claim[name] = getattr(options, name)
     folder = reference_folder(options.system2)
     if folder:

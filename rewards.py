@@ -36,8 +36,9 @@ from data import (
     parse_moments,
     parse_numbers,
 )
+from trust.masks import mask_box
 
-Boxes = Mapping[int, list[Box]]    # frame -> System 2's boxes there, in source pixels
+Boxes = Mapping[int, list[Box]]    # frame -> System 2's boxes there, in source pixels; a Mask is its box
 Terms = dict[str, float]           # a completion's reward terms by name
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -82,15 +83,6 @@ def box_area(boxes):
     """Areas [...], in pixels, of boxes [..., 4]."""
     sides = boxes[..., 2:] - boxes[..., :2] + 1
     return sides.prod(-1)
-
-
-def mask_box(mask: np.ndarray) -> Box | None:
-    """First and last column and row of a mask [H, W] as a box of ints; None where the mask is empty."""
-    rows = mask.any(1).nonzero()[0].tolist()
-    columns = mask.any(0).nonzero()[0].tolist()
-    if not rows:
-        return None
-    return columns[0], rows[0], columns[-1], rows[-1]
 
 
 def region_similarity(pred, true) -> np.ndarray:

@@ -2,6 +2,8 @@
 
     keyframes {t: description} -- ground --> boxes {t: [box]} -- Tracker --> masks [T, H, W]
 
+A System 2 from a file may draw masks. Each is a `Mask`: a box to everybody but the Tracker.
+
 As a program it segments one video, a file or a folder of frames. Without --video it makes a toy clip.
 
     python segment.py --video V --query Q --policy DIR --sam2_weights FILE --out DIR
@@ -88,11 +90,12 @@ from data import (
 )
 from model import Thinker
 from rewards import overlap
+from trust.masks import Mask, square_masks
 from trust.sam2_config import build_sam2, find_config
 from trust.weights import load_weights
 
 
-# Pictures at source size and descriptions, one each -> boxes in source pixels of each picture.
+# Pictures at source size and descriptions, one each -> boxes or Masks in source pixels of each picture.
 System2 = Callable[[list[Image.Image], list[str]], list[list[Box]]]
 
 
@@ -162,22 +165,29 @@ def to_source(box: Box, scale: tuple, size: tuple) -> Box:
     return inside_picture(source, (width, height))
 
 
-def load_system2(name: str, policy: Thinker, processor: Processor, dtype: torch.dtype, device) -> System2:
+def load_system2(
+    name: str,
+    policy: Thinker,
+    processor: Processor,
+    dtype: torch.dtype,
+    device,
+    mask_prompt: bool = True,
+) -> System2:
     """System 2 by its name: "policy", "reference DIR" (another Thinker) or "FILE.py" (see `plugged`).
 
+    mask_prompt: whether masks of a file stay masks, or become boxes.
     Raises FileNotFoundError or BadInput, naming what is missing or unknown.
     """
     check_system2(name)
-    if name == "policy":
-        return thinker_system2(policy, processor)
     folder = reference_folder(name)
     if folder:
-        reference = Thinker.from_pretrained(folder, dtype, device)
-        return thinker_system2(reference, processor)
-    return plugged(name)
+        policy = Thinker.from_pretrained(folder, dtype, device)
+    elif name != "policy":
+        return plugged(name, mask_prompt)
+    return thinker_system2(policy, processor)
 
 
-# ---- SAM2: boxes on keyframes -> masks on every frame ----------------------------------------------
+# ---- SAM2: prompts on keyframes -> masks on every frame --------------------------------------------
 # Letters: N objects of a call, n of a batch, C clips, G unions of a clip, T frames, H W pixels of the source,
 # S side of the square picture that SAM2 sees, h w = S / 4, L = (S / 16)^2 places, D width of the features (D'
 # of each level), M width of the memory, k = D / M tokens of a pointer, A maps and R pointers of a memory.
@@ -200,6 +210,7 @@ SAM21 = {
     "max_cond_frames_in_attn": -1,
     "memory_temporal_stride_for_eval": 1,
     "non_overlap_masks_for_mem_enc": False,
+    "use_mask_input_as_output_without_sam": True,
 }
 
 class Tracked(NamedTuple):
@@ -240,7 +251,7 @@ class Memory:
 
 
 class Tracker:
-    """SAM2, frozen: boxes on keyframes -> masks on every frame.
+    """SAM2, frozen: boxes and Masks on keyframes -> masks on every frame.
 
     SAM2's own video predictor tracks one object after the other. Here all objects share one batch and each
     frame is encoded once. The result is the same. Gradients pass through all methods but `track`,
@@ -281,7 +292,8 @@ class Tracker:
         """Masks of N objects on all T frames, bool [N, T, H, W] at source size; objects may overlap.
 
         frames: T pictures of one size, read as they are needed.
-        objects: N dicts {frame: (x1, y1, x2, y2) in source pixels}, at least one box each. ValueError if not.
+        objects: N dicts {frame: (x1, y1, x2, y2) in source pixels, or a Mask of any size}, none of them
+            empty. ValueError if not.
         unions: G lists of numbers of objects. Then the result is the union of each list, [G, T, H, W], and
             the masks of single objects are kept for one frame only.
         """
@@ -305,7 +317,7 @@ class Tracker:
         The masks are on the device, and the host waits for none of them. Memory does not grow with T: of
         frames and masks only the last few are held.
         """
-        boxes = []     # of all N objects: {frame: box in the square picture}
+        boxes = []     # of all N objects: {frame: box in the square picture, or a Mask}
         owner = []     # the clip that each object is in
         sizes = []     # (width, height) of each clip
         for c, (frames, objects, _) in enumerate(clips):
@@ -330,13 +342,16 @@ class Tracker:
                         yield c, t, masks
 
     def square_boxes(self, objects, T, width, height):
-        """Boxes {frame: box in source pixels} of the objects of a clip, in pixels of the square picture."""
+        """Boxes {frame: box in source pixels} of the objects of a clip, in pixels of the square picture.
+
+        A Mask stays as it is: it is resized when it is needed.
+        """
         scale = np.array([self.side / width, self.side / height] * 2)
         scaled = []
         for n, boxes in enumerate(objects):
             if not boxes or min(boxes) < 0 or max(boxes) >= T:
                 raise ValueError(f"object {n} needs boxes on frames 0 to {T - 1}, not on {sorted(boxes)}")
-            scaled.append({t: box * scale for t, box in boxes.items()})
+            scaled.append({t: box if isinstance(box, Mask) else box * scale for t, box in boxes.items()})
         return scaled
 
     def run(self, features, objects, lengths):
@@ -344,17 +359,21 @@ class Tracker:
         has a frame t.
 
         features: (objects, frames) -> three levels [n, D', s, s] of n pairs, s = S / 4, S / 8, S / 16.
-        objects: N dicts {frame: box in pixels of the square picture}. lengths: T of the clip of each object.
+        objects: N dicts {frame: box in pixels of the square picture, or a Mask}. lengths: T of the clip of
+            each object.
         """
         memories = [Memory() for _ in objects]
         answers = {}    # (object, frame): logits and score
-        # 1. Prompted frames, each by itself, like a single picture.
-        prompted = []
-        for n, boxes in enumerate(objects):
-            prompted += [(n, t) for t in boxes]
-        for pairs in parts(prompted, OBJECTS_AT_ONCE):
-            boxes = np.array([objects[n][t] for n, t in pairs])
-            tracked = self.prompt(features(*zip(*pairs)), torch.tensor(boxes))
+        # 1. Prompted frames, each by itself, like a single picture. Boxes and masks take different ways.
+        boxed = []
+        masked = []
+        for n, prompts in enumerate(objects):
+            for t, prompt in prompts.items():
+                way = masked if isinstance(prompt, Mask) else boxed
+                way.append((n, t))
+        for pairs in parts(boxed, OBJECTS_AT_ONCE) + parts(masked, OBJECTS_AT_ONCE):
+            prompts = [objects[n][t] for n, t in pairs]
+            tracked = self.prompt(features(*zip(*pairs)), prompts)
             for (n, t), logits, score, *memory in zip(pairs, *tracked):
                 answers[n, t] = logits, score
                 memories[n].prompted[t] = memory
@@ -377,9 +396,13 @@ class Tracker:
         """Features of B pictures [B, 3, S, S], normalised: three levels [B, D', s, s]."""
         return self.model.forward_image(pictures)["backbone_fpn"]
 
-    def prompt(self, features, boxes) -> Tracked:
-        """n objects in n pictures, from their boxes [n, 4] alone."""
+    def prompt(self, features, prompts) -> Tracked:
+        """n objects in n pictures, from n boxes, or n Masks, alone."""
         device = self.model.device
+        if isinstance(prompts[0], Mask):
+            sent = [send(torch.from_numpy(mask.pixels), device) for mask in prompts]
+            return self.decode(features, features[-1], masks=square_masks(sent, self.side))
+        boxes = torch.tensor(np.array(prompts))
         corners = send(boxes.float(), device).view(-1, 2, 2)
         # 2 and 3 are SAM2's labels of the two corners.
         labels = torch.arange(2, 4, device=device).repeat(len(boxes), 1)
@@ -439,18 +462,23 @@ class Tracker:
         pointer_codes = pointer_codes.repeat_interleave(k, dim=1)              # [n, R k, M]
         return tokens, torch.cat([map_codes.flatten(1, 2), pointer_codes], dim=1)
 
-    def decode(self, features, top, points=None) -> Tracked:
+    def decode(self, features, top, points=None, masks=None) -> Tracked:
         """The masks of n objects, and what goes into their memories.
 
-        features: three levels. top: replaces the last level for the masks. points: the boxes' corners and
-        labels, on prompted frames.
+        features: three levels. top: replaces the last level for the masks. On prompted frames, points: the
+        boxes' corners and labels; or masks: [n, 1, S, S], which SAM2 takes as its own output.
         """
         model = self.model
         fine, middle, raw = features
-        prompted = points is not None
-        *_, logits, full, pointer, score = model._forward_sam_heads(
-            top, points, high_res_features=[fine, middle],
-            multimask_output=model._use_multimask(prompted, points))
+        prompted = points is not None or masks is not None
+        if masks is None:
+            *_, logits, full, pointer, score = model._forward_sam_heads(
+                top, points, high_res_features=[fine, middle],
+                multimask_output=model._use_multimask(prompted, points))
+        else:
+            *_, logits, _, pointer, score = model._use_mask_as_output(top, [fine, middle], masks)
+            # SAM2's predictor remembers what is left of a mask at h x w.
+            full = F.interpolate(logits, masks.shape[2:], mode="bilinear")
         memory, _ = model._encode_new_memory(
             [raw.flatten(2).permute(2, 0, 1)], [raw.shape[2:]], full, score, is_mask_from_pts=prompted)
         pointer = pointer.view(len(raw), -1, model.mem_dim)
@@ -555,8 +583,8 @@ def track_similarity(tracker: Tracker, clips: list[Clip], boxes: list) -> list[n
 def track_groups(tracker: Tracker, clips: list[Clip], boxes: list) -> list[np.ndarray]:
     """Masks of G completions of each of B clips: bool [G, T, H, W], the union over a completion's boxes.
 
-    boxes: for each clip a list over completions of {frame: [box]} in source pixels. Every box is an object of
-    its own, prompted on its frame. A box that several completions share is tracked once.
+    boxes: for each clip a list over completions of {frame: [box or Mask]} in source pixels. Each is an object
+    of its own, prompted on its frame. One that several completions share is tracked once.
     """
     return tracker.track_clips(group_requests(clips, boxes))
 
@@ -585,7 +613,7 @@ class Answer:
     """The answer of the two systems to one clip. Frames are those of the source."""
     text: str            # System 1's completion
     keyframes: dict      # {frame: description}
-    boxes: dict          # {frame: [boxes in source pixels]}
+    boxes: dict          # {frame: [boxes or Masks in source pixels]}
 
 
 def answer_clips(
@@ -645,7 +673,7 @@ def load_models(options) -> tuple[Thinker, System2, Processor, Tracker]:
     processor = Processor(options.policy, options.video_tokens, options.image_tokens)
     policy = Thinker.from_pretrained(options.policy, dtype, device)
     tracker = Tracker.from_pretrained(options.sam2, options.sam2_weights, device)
-    system2 = load_system2(options.system2, policy, processor, dtype, device)
+    system2 = load_system2(options.system2, policy, processor, dtype, device, options.mask_prompt)
     return policy, system2, processor, tracker
 
 

@@ -54,10 +54,11 @@ class Settings:
     )
     system2: str = setting(
         "policy",
-        "who grounds: policy (the reference), reference DIR (another Thinker), or FILE.py with a function "
-        "boxes",
+        "who grounds: policy (the reference), reference DIR (another Thinker), or FILE.py with boxes() or "
+        "masks()",
         words=True, by_user=True,
     )
+    mask_prompt: bool = setting(True, "whether SAM2 gets the masks of a FILE.py; false: their boxes")
     sam2: str = setting(
         "",
         "SAM2 config: a yaml file, or a name in the package sam2; empty: by the weights",
@@ -397,7 +398,7 @@ def load_systems(settings, device) -> Systems:
         reference_awake = rest_reference(reference, settings, dtype, device)
     policy.gradient_checkpointing = settings.checkpointing
     tracker = Tracker.from_pretrained(settings.sam2, settings.sam2_weights, device)
-    system2 = load_system2(settings.system2, reference, processor, dtype, device)
+    system2 = load_system2(settings.system2, reference, processor, dtype, device, settings.mask_prompt)
     return Systems(policy, reference, system2, processor, tracker, partial(gathered, policy), reference_awake)
 
 

@@ -15,7 +15,7 @@ from tests.world import ROOT
 
 NAMES = {benchmark.name for benchmark in BENCHMARKS}
 CORE = ("model", "grpo", "rewards", "segment", "train", "data", "eval")
-FOLDERS = (".", "trust", "benchmarks", "report", "run", "toy", "speed", "tests")
+FOLDERS = (".", "trust", "plugs", "benchmarks", "report", "run", "toy", "speed", "tests")
 
 
 def sources() -> list[Path]:
@@ -49,6 +49,7 @@ each_file = pytest.mark.parametrize("path", SOURCES, ids=IDS)
 # A room imports from lower floors, and from itself.
 FLOORS = {
     "trust": 0,
+    "plugs": 1,
     "data": 1,
     "model": 2,
     "rewards": 2,

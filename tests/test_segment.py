@@ -42,6 +42,7 @@ from segment import (
 )
 from tests.world import ROOT, jpeg, naming, noise_picture, segment, write_avi
 from trust.errors import BadInput
+from trust.masks import Mask
 from trust.options import TOY_POLICY, TOY_SAM2
 from trust.plugged import plugged
 from trust.sam2_config import build_sam2, find_config
@@ -143,7 +144,8 @@ def test_what_cannot_be_plugged_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file of a grounder: .*none.py"):
         plugged(str(tmp_path / "none.py"))
     other = grounder(tmp_path, "def ground(): pass\n")
-    with pytest.raises(BadInput, match=r"no function boxes\(image, description\) in: .*mine.py"):
+    wanted = r"no function boxes\(image, description\) or masks\(image, description\) in: .*mine.py"
+    with pytest.raises(BadInput, match=wanted):
         plugged(other)
     text = grounder(tmp_path, "", "mine.txt")
     with pytest.raises(BadInput, match="not a Python file: .*mine.txt"):
@@ -372,10 +374,13 @@ def toy_prompts(index, split="test", T=8):
 
 
 def stretched(objects, x=1.0, y=1.0):
-    """Objects with scaled boxes, as arrays."""
+    """Objects with scaled boxes, as arrays. Masks stay as they are."""
     scaled = []
     for boxes in objects:
-        scaled.append({t: np.array(box) * (x, y, x, y) for t, box in boxes.items()})
+        own = {}
+        for t, box in boxes.items():
+            own[t] = box if isinstance(box, Mask) else np.array(box) * (x, y, x, y)
+        scaled.append(own)
     return scaled
 
 
@@ -397,8 +402,11 @@ def predictor_logits(model, frames, objects, folder, monkeypatch):
     state = model.init_state(str(folder))
     for n, boxes in enumerate(objects):
         for t, box in boxes.items():
-            box = np.array(box, np.float32)
-            model.add_new_points_or_box(state, frame_idx=t, obj_id=n, box=box)
+            if isinstance(box, Mask):
+                model.add_new_mask(state, frame_idx=t, obj_id=n, mask=torch.from_numpy(box.pixels))
+            else:
+                box = np.array(box, np.float32)
+                model.add_new_points_or_box(state, frame_idx=t, obj_id=n, box=box)
     of_frames = []
     for _, _, logits in model.propagate_in_video(state, start_frame_idx=0):
         of_frames.append(logits[:, 0])
@@ -465,6 +473,105 @@ def test_tracker_equals_the_predictor(tracker, tmp_path, monkeypatch, index, spl
     masks = tracker.track(frames, objects)
     assert masks.any()
     assert_same_masks(masks, slow.numpy() > 0)
+
+
+def resized(mask, height, width):
+    """A mask [H, W] in another size, by nearest pixels."""
+    rows = np.arange(height) * mask.shape[0] // height
+    columns = np.arange(width) * mask.shape[1] // width
+    return mask[rows][:, columns]
+
+
+# Sizes of masks: that of the model, two above, two below, one of another shape. A mask of one pixel among
+# many is empty once it is resized.
+SIZES = [(128, 128), (720, 1280), (300, 300), (32, 32), (7, 20), (90, 400)]
+
+
+def mask_prompts(index, split="test", T=8):
+    """Frames, and objects with masks alone, with masks and boxes, and with empty masks."""
+    frames, boxed = toy_prompts(index, split, T)
+    scene = toy_scene(split, index)
+    masked = []
+    mixed = []
+    for n, (prompts, boxes) in enumerate(zip(PROMPTS, boxed)):
+        masks = {}
+        for k, (thing, t) in enumerate(prompts):
+            height, width = SIZES[(n + k) % len(SIZES)]
+            mask = scene.masks[thing, t].copy()
+            if not mask.any():
+                mask[40:71, 30:62] = True
+            masks[t] = Mask.of(resized(mask, height, width))
+        masked.append(masks)
+        # Of several frames, each one in turn keeps its box.
+        for t in masks:
+            if len(masks) > 1:
+                mixed.append(masks | {t: boxes[t]})
+    nothing = Mask.of(np.zeros((50, 60), bool))
+    dot = np.zeros((720, 1280), bool)
+    dot[300, 400] = True
+    empty = [{0: nothing}, {2: nothing, 4: masked[0][0]}, {3: Mask.of(dot)}, {5: nothing, 1: boxed[0][0]}]
+    return frames, masked[::2] + mixed + boxed[:1] + empty
+
+
+def count_masks(objects):
+    return sum(isinstance(prompt, Mask) for prompts in objects for prompt in prompts.values())
+
+
+@pytest.mark.parametrize("index, split, T, every", [
+    (0, "test", 8, 1),
+    (1, "long", 20, 3),
+])
+def test_masks_as_prompts_equal_the_predictor(tracker, tmp_path, monkeypatch, index, split, T, every):
+    frames, objects = mask_prompts(index, split, T)
+    objects = objects[::every]
+    slow = predictor_logits(tracker.model, frames, objects, tmp_path, monkeypatch)
+    found, = tracker_logits(tracker, [(frames, objects)])
+    assert_same_logits(found, slow)
+    assert (found > 0).any()
+    assert count_masks(objects) >= 16 / every
+
+
+def test_an_empty_mask_says_that_the_object_is_not_there(tracker):
+    """So does a dot that is nothing once it is resized."""
+    frames, objects = mask_prompts(0)
+    nothing, later, dot, _ = objects[-4:]
+    masks = tracker.track(frames, [nothing, later, dot])
+    assert not masks[0, 0].any()
+    assert not masks[1, 2].any() and masks[1, 4].any()
+    assert not masks[2, 3].any()
+
+
+def test_masks_of_several_clips_are_tracked_as_each_alone(tracker, monkeypatch):
+    monkeypatch.setattr(segment_program, "OBJECTS_AT_ONCE", 3)
+    frames, objects = mask_prompts(3, T=4)
+    objects = [prompts for prompts in objects if max(prompts) < 4]
+    longer, others = mask_prompts(4)
+    # A wide picture takes the same masks: they are resized to the square that SAM2 sees.
+    wide, _ = widened(frames, [])
+    clips = [(frames, objects, None), (longer, others[4:8], None), (wide, objects[:2], None)]
+    together = tracker.track_clips(clips)
+    for clip, masks in zip(clips, together):
+        assert_same_masks(masks, tracker.track(*clip))
+    assert together[2].shape[2:] == (192, 320)
+    assert together[2].mean() == pytest.approx(together[0][:2].mean(), rel=0.1)
+
+
+def test_masks_and_boxes_go_together_in_half_precision(tracker):
+    """As on a GPU, where SAM2 runs by autocast: both kinds of prompts give tensors that go together."""
+    frames, objects = mask_prompts(0)
+    objects = objects[::2]
+    owner = [0] * len(objects)
+    boxes = stretched(objects)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        features = FrameFeatures(tracker, [frames], owner, boxes)
+        steps = list(tracker.run(features, boxes, [len(frames)] * len(objects)))
+    exact, = tracker_logits(tracker, [(frames, objects)])
+    size = (tracker.side, tracker.side)
+    logits = torch.stack([logits for logits, _ in steps], dim=1)
+    found = F.interpolate(logits.float(), size, mode="bilinear")
+    both = (found > 0) & (exact > 0)
+    either = (found > 0) | (exact > 0)
+    assert both.sum() / either.sum() > 0.9
 
 
 def test_objects_do_not_see_each_other(tracker, monkeypatch):

@@ -110,7 +110,9 @@ def add_model_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--policy", default=TOY_POLICY, metavar="DIR", help="a Thinker, or a full Qwen2.5-Omni")
     add("--system2", nargs="+", action=JoinWords, default="policy", metavar="WHO",
-        help="who grounds: policy, reference DIR (another Thinker), or FILE.py with a function boxes")
+        help="who grounds: policy, reference DIR (another Thinker), or FILE.py with boxes() or masks()")
+    add("--mask_prompt", type=true_or_false, nargs="?", const=True, default=True,
+        help="whether SAM2 gets the masks of a FILE.py; false: their boxes")
     add("--sam2", default="", metavar="CONFIG",
         help="a yaml file, or a name inside the package sam2; empty: the one that belongs to the weights")
     add("--sam2_weights", default=TOY_SAM2, metavar="FILE", help="weights of SAM2, a .pt file")

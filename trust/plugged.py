@@ -7,7 +7,7 @@ from pathlib import Path
 from trust.errors import BadInput
 from trust.files import check_file
 
-# Boxes of one picture. Each is tracked by itself.
+# Boxes or masks of one picture. Each is tracked by itself.
 MOST_BOXES = 256
 
 
@@ -15,14 +15,38 @@ class NoBoxes(BadInput):
     """The function of a plugged file returned something else. It would do so for any sample."""
 
 
-def plugged(path: str):
-    """System 2 (pictures and descriptions -> boxes of each) by the function `boxes` of a Python file:
+def plugged(path: str, mask_prompt: bool = True):
+    """System 2 (pictures and descriptions -> boxes or Masks of each) by a function of a Python file:
 
         def boxes(image: PIL.Image, description: str) -> list of (x1, y1, x2, y2) in pixels of the image
+        def masks(image: PIL.Image, description: str) -> list of bool arrays [H, W] of the image's size
 
-    Raises FileNotFoundError without the file and BadInput without the function. Calls raise NoBoxes where
-    the function returns anything else.
+    A file that has both is asked for masks. mask_prompt: whether they stay masks, or become boxes.
+
+    Raises FileNotFoundError without the file and BadInput without a function. Calls raise NoBoxes where the
+    function returns anything else.
     """
+    module = load_file(path)
+    masks = getattr(module, "masks", None)
+    boxes = getattr(module, "boxes", None)
+    if callable(masks):
+        def find(picture, description):
+            found = check_masks(masks(picture, description), picture.size, path)
+            return found if mask_prompt else [tuple(mask) for mask in found]
+    elif callable(boxes):
+        def find(picture, description):
+            found = check_boxes(boxes(picture, description), path)
+            return [inside_picture(box, picture.size) for box in found]
+    else:
+        raise BadInput(f"no function boxes(image, description) or masks(image, description) in: {path}")
+
+    def system2(pictures, descriptions):
+        return [find(picture, description) for picture, description in zip(pictures, descriptions)]
+    return system2
+
+
+def load_file(path: str):
+    """The module of a Python file. Raises FileNotFoundError or BadInput where there is none."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no such file of a grounder: {path}")
     check_file(path)
@@ -34,17 +58,7 @@ def plugged(path: str):
     sys.modules["grounder"] = module
     # The file's own errors pass unchanged, for its author.
     spec.loader.exec_module(module)
-    function = getattr(module, "boxes", None)
-    if not callable(function):
-        raise BadInput(f"no function boxes(image, description) in: {path}")
-
-    def find_boxes(pictures, descriptions):
-        boxes = []
-        for picture, description in zip(pictures, descriptions):
-            answer = check_boxes(function(picture, description), path)
-            boxes.append([inside_picture(box, picture.size) for box in answer])
-        return boxes
-    return find_boxes
+    return module
 
 
 def check_boxes(answer, path) -> list[tuple]:
@@ -62,10 +76,41 @@ def check_boxes(answer, path) -> list[tuple]:
             if len(boxes) > MOST_BOXES:
                 raise ValueError("too many")
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        returned = " ".join(repr(answer)[:80].split())
         wanted = f"a list of at most {MOST_BOXES} (x1, y1, x2, y2)"
-        raise NoBoxes(f"boxes() of {path} returned {returned}, not {wanted}") from None
+        raise NoBoxes(f"boxes() of {path} returned {shown(answer)}, not {wanted}") from None
     return boxes
+
+
+def check_masks(answer, size: tuple, path) -> list:
+    """What the function of a file returned for a picture of (width, height), as Masks.
+
+    Empty masks are left out: nothing was found. NoBoxes where it is something else. Each array is looked at
+    when its turn comes, and only its compressed pixels are kept.
+    """
+    # numpy and torch take long to import, and options are read before.
+    from trust.masks import Mask, bool_array
+    masks = []
+    wrong = answer
+    try:
+        for count, item in enumerate(answer):
+            if count == MOST_BOXES:
+                wrong = answer
+                raise ValueError("too many")
+            wrong = item
+            pixels = bool_array(item, (size[1], size[0]))
+            if pixels.any():
+                masks.append(Mask.of(pixels))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        wanted = f"a list of at most {MOST_BOXES} bool arrays [{size[1]}, {size[0]}]"
+        raise NoBoxes(f"masks() of {path} returned {shown(wrong)}, not {wanted}") from None
+    return masks
+
+
+def shown(value) -> str:
+    """What a function returned, on one short line: an array by its type and shape."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"an array of {value.dtype} {list(value.shape)}"
+    return " ".join(repr(value)[:80].split())
 
 
 def inside_picture(box, size: tuple) -> tuple:
