@@ -81,7 +81,7 @@ class Clip:
     masks: np.ndarray | None = None    # bool [O, T, H, W], visible parts of the target; None where unknown
     kind: str = ""                     # kind of query, for the tables
     task: str = "vos"                  # a name in TASKS
-    # "image": box and points in source pixels; "qa": type, options, solution.
+    # "image": box and points in source pixels; "qa": type, options, solution, perhaps task.
     truth: dict = field(default_factory=dict)
     fault: str = ""                    # why the clip could not be read; this one is blank then
     size: tuple = field(init=False)    # (H, W) of the source
@@ -317,10 +317,14 @@ FIRST_FRAME_TASK = (
 )
 
 
+def picture_media(clip):
+    """What is shown and heard of a clip's first frame and sound."""
+    return ["image"] if clip.sound is None else ["image", "audio"]
+
+
 def first_frame_prompt(clip: Clip, rng=None) -> list[dict]:
     """Messages that show System 1 the first frame of a clip and let it hear the sound."""
-    media = ["image"] if clip.sound is None else ["image", "audio"]
-    return messages("".join(FIRST_FRAME_TASK).format(query=plain(clip.query)), *media)
+    return messages("".join(FIRST_FRAME_TASK).format(query=plain(clip.query)), *picture_media(clip))
 
 
 def show_first_frame(processor: "Processor", clip: Clip, prompt: list[dict]) -> "Inputs":
@@ -375,15 +379,19 @@ QUESTION_FORMS = {
 
 
 def question_prompt(clip: Clip, rng=None) -> list[dict]:
-    """Messages that ask a question about a picture, or about a video with its sound."""
+    """Messages that ask a question about a picture or a video, with its sound.
+
+    truth may hold "task", which takes the place of QUESTION_TASK.
+    """
     options = "".join(plain(option) + "\n" for option in clip.truth["options"])
-    form = QUESTION_FORMS[clip.truth["type"]]
-    text = "".join(QUESTION_TASK).format(query=plain(clip.query), options=options, form=form)
-    return messages(text, "image" if len(clip.frames) == 1 else "video")
+    text = "".join(clip.truth.get("task", QUESTION_TASK))
+    text = text.format(query=plain(clip.query), options=options, form=QUESTION_FORMS[clip.truth["type"]])
+    media = picture_media(clip) if len(clip.frames) == 1 else ["video"]
+    return messages(text, *media)
 
 
 def show_question(processor: "Processor", clip: Clip, prompt: list[dict]) -> "Inputs":
-    show = show_picture if len(clip.frames) == 1 else show_video
+    show = show_first_frame if len(clip.frames) == 1 else show_video
     return show(processor, clip, prompt)
 
 

@@ -8,12 +8,12 @@
     score     OUT -> a row for each sample, the means of subsets, a table, OUT/results.json, OUT/report.html
     compare   these rows -> the difference to those of another evaluation, --against OTHER/results.json
 
+A benchmark of questions has replies in place of masks: benchmarks/quiz.py asks and scores them.
 Predictions are written sample by sample: the same command continues after an interruption, and torchrun
 shares the work. Two columns are added to the official ones, in per cent: `visible`, the share of keyframes on
 which the target is visible, and `format`, the share of well-formed answers.
 """
 import json
-import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +21,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from benchmarks import (
+    add_controls,
     add_roots,
     check_root,
     chosen_root,
@@ -30,8 +31,8 @@ from benchmarks import (
     split_names,
     tested_names,
 )
-from trust.errors import BadInput, fail, reading
-from trust.files import read_json, writing
+from trust.errors import BadInput, fail
+from trust.files import writing
 from trust.options import (
     Parser,
     add_model_options,
@@ -56,6 +57,7 @@ def read_options(arguments: list[str] | None = None):
     add_roots(parser)
     add("--predictions", metavar="PATH", help="scores what is there, of any model, instead of a policy")
     add_model_options(parser)
+    add_controls(parser)
     add("--limit", "--clips", type=at_least(1), help="how many samples, the first ones; default: as usual")
     add("--zip", action="store_true", help="whether the predictions are packed for the benchmark's server")
     add("--batch", type=at_least(1), default=16, help="clips at a time")
@@ -95,7 +97,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchmarks.metrics import paired_difference
 from benchmarks.predictions import (
     begin_prediction,
     check_claim,
@@ -111,9 +112,11 @@ from benchmarks.predictions import (
     write_frame,
     zip_predictions,
 )
+from benchmarks.quiz import CONTROLS, answer_questions, check_controls, conclude_questions, unanswered
+from benchmarks.reports import compare, read_others, write_json
 from benchmarks.samples import Benchmark, Sample, load
-from report.causes import cause_of, scored_frames
-from report.evaluation import write_evaluation
+from report.causes import cause_of
+from report.evaluation import evaluation_page, questions_page, write_evaluation
 from rewards import format_reward
 from segment import answer_clips, chosen_device, follow_answers, load_models
 
@@ -121,8 +124,9 @@ ANSWER_COLUMNS = ("visible", "format")
 
 
 # ---- predict ---------------------------------------------------------------------------------------
-def predict(options, benchmark, samples, claim, rank):
-    """Writes to OUT the masks of every sample that has none yet, and System 1's answer."""
+def predict(options, benchmark, samples, claim, rank, processes):
+    """Writes to OUT the masks of this process's samples that have none yet, and System 1's answers."""
+    samples = samples[rank::processes]
     todo = unpredicted(options.out, samples)
     if not todo:
         return
@@ -188,6 +192,8 @@ def run_claim(options, benchmark, root) -> dict:
         sam2_weights=os.path.realpath(options.sam2_weights))
     for name in ("system2", "mask_prompt", "frames", "video_tokens", "image_tokens", "max_new_tokens"):
         claim[name] = getattr(options, name)
+    if benchmark.quiz:
+        claim |= {name: getattr(options, name) for name in CONTROLS}
     folder = reference_folder(options.system2)
     if folder:
         claim["system2_weights"] = fingerprint(folder)
@@ -235,7 +241,7 @@ def score_sample(benchmark, sample, source, answer=None) -> dict:
                problem=problem) | values
     if "J" in row and "F" in row:
         row["J&F"] = (row["J"] + row["F"]) / 2
-    row["cause"] = cause_of(row[benchmark.paired], scored_frames(sample), true, pred, answer)
+    row["cause"] = cause_of(row[benchmark.paired], sample, true, pred, answer)
     if answer is not None:
         keyframes = [int(t) for t in answer["keyframes"]]
         row["visible"] = None if true is None else visible_share(sample, true, keyframes)
@@ -318,36 +324,11 @@ def score_table(benchmark: Benchmark, results: dict) -> str:
     return "\n".join(lines)
 
 
-# ---- compare ---------------------------------------------------------------------------------------
-def read_others(options, samples, column) -> dict:
-    """{name: value} of the rows of --against. Raises BadInput where they are not of these samples."""
-    file = options.against
-    written = f"{options.out}/results.json"
-    if os.path.realpath(file) == os.path.realpath(written):
-        raise BadInput(f"{written} would replace what it is compared with; give another --out")
-    report = read_json(file)
-    with reading(file):
-        others = {row["name"]: row[column] for row in report["expressions"]}
-        if not all(map(math.isfinite, others.values())):
-            raise ValueError(f"a {column} is not a number")
-    if others.keys() != {sample.name for sample in samples if sample.read_masks}:
-        raise BadInput(f"not an evaluation of the same samples: {file}")
-    return others
-
-
-def compare(report, others, column, file):
-    """Prints the paired difference to another evaluation and adds it to the report."""
-    values = {row["name"]: row[column] for row in report["expressions"]}
-    mean, half = paired_difference(values, others)
-    interval = "" if half is None else f" +- {half:.1f} (95 % interval of the paired difference)"
-    print(f"{column} against {file}: {mean:+.1f}{interval}")
-    report["against"] = dict(file=file, difference=mean, half_interval=half)
-
-
 # ---- the program -----------------------------------------------------------------------------------
 def evaluate(options):
     """Predicts what is not predicted yet, each process its share. The first process then scores."""
     benchmark = find_benchmark(options.bench)
+    check_controls(options, benchmark)
     root = chosen_root(benchmark, options)
     splits = split_names(benchmark, options.split or benchmark.tested)
     listed = []
@@ -366,7 +347,11 @@ def evaluate(options):
         report = dict(bench=benchmark.name, split=splits)
         report["policy"] = None if options.predictions else options.policy
         report["predictions"] = options.predictions or options.out
-        conclude(options, benchmark, samples, len(listed), report, others)
+        if benchmark.quiz:
+            columns = conclude_questions(options, benchmark, samples, len(listed), report, others)
+            write_evaluation(options.out, questions_page, report, columns)
+        else:
+            conclude(options, benchmark, samples, len(listed), report, others)
 
 
 def predict_share(options, benchmark, samples, root, rank):
@@ -378,7 +363,8 @@ def predict_share(options, benchmark, samples, root, rank):
     if processes > 1:
         # Processes only wait for each other by it.
         dist.init_process_group("gloo", timeout=timedelta(days=7))
-    if chosen_device(options.device) == "cuda":
+    options.device = chosen_device(options.device)
+    if options.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     claim = run_claim(options, benchmark, root)
     if options.overwrite:
@@ -387,10 +373,12 @@ def predict_share(options, benchmark, samples, root, rank):
         if processes > 1:
             dist.barrier()
     check_claim(options.out, claim)
-    done = len(samples) - len(unpredicted(options.out, samples))
+    left = unanswered if benchmark.quiz else unpredicted
+    done = len(samples) - len(left(options.out, samples))
     if done and rank == 0:
         print(f"{done} of {len(samples)} expressions were already there")
-    predict(options, benchmark, samples[rank::processes], claim, rank)
+    answer = answer_questions if benchmark.quiz else predict
+    answer(options, benchmark, samples, claim, rank, processes)
     if processes > 1:
         dist.barrier()
 
@@ -422,21 +410,14 @@ def conclude(options, benchmark, samples, count, report, others):
         write_json(report, written)
     if public:
         columns = (*benchmark.columns, *ANSWER_COLUMNS)
-        write_evaluation(options.out, benchmark, public, report, columns, options.against)
+        write_evaluation(
+            options.out, evaluation_page, benchmark, public, report, columns, options.against)
     if options.zip:
         packed = zip_predictions(benchmark, hidden or samples, predictions, options.out)
         if len(samples) < count:
             packed += f" (partial: --limit {len(samples)}, of {count} expressions)"
         print(f"packed: {packed}")
     print(f"written: {written}")
-
-
-def write_json(value, path):
-    """Writes a JSON file, which is complete at any time, even if several processes write it."""
-    partial = f"{path}.partial{os.getpid()}"
-    with writing(path), open(partial, "w") as file:
-        json.dump(value, file, indent=1)
-    os.replace(partial, path)
 
 
 def main(arguments=None):

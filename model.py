@@ -556,7 +556,7 @@ def speed_up_towers(thinker: "Thinker", dtype: torch.dtype) -> None:
     """Computes the towers as a GPU likes it, with the same results up to rounding."""
     embed = thinker.visual.patch_embed
     # A convolution whose windows do not overlap. cuDNN is slow at it.
-    embed.forward = lambda x: F.linear(x.to(dtype), embed.proj.weight.flatten(1))
+    embed.forward = lambda x: F.linear(x.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
     # The kernel takes no float32.
     if dtype == torch.bfloat16:
         for tower in (thinker.visual, thinker.audio_tower):

@@ -10,6 +10,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 
 from trust.errors import BadInput
+from trust.options import at_least, true_or_false
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ BENCHMARKS = (
     Entry("refytvos", "refytvos.REFYTVOS", "refytvos", ("valid",), "valid"),
     Entry("reasonvos", "reasonvos.REASONVOS", "reasonvos", ("test",), "test"),
     Entry("video_r1", "video_r1.VIDEO_R1", "video_r1", ("train",)),
+    Entry("avhbench", "avhbench.AVHBENCH", "avhbench", ("test", "captions"), "test"),
+    Entry("omnibench", "omnibench.OMNIBENCH", "omnibench", ("test",), "test"),
+    Entry("videomme", "videomme.VIDEOMME", "videomme", ("test",), "test"),
+    Entry("mvbench", "mvbench.MVBENCH", "mvbench", ("test",), "test"),
+    Entry("daily_omni", "daily_omni.DAILY_OMNI", "daily_omni", ("test",), "test"),
 )
 
 
@@ -120,6 +126,17 @@ def open_split(benchmark, split: str, root: str) -> list:
     # What samples imports is slow, so it is imported only where a benchmark's file is.
     from benchmarks.samples import checked
     return checked(samples)
+
+
+# ---- questions -------------------------------------------------------------------------------------
+def add_controls(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of benchmarks that ask questions."""
+    add = parser.add_argument
+    add("--think", type=true_or_false, default=True, help="questions: whether System 1 is asked to reason")
+    add("--sound", type=true_or_false, default=True, help="questions: whether sound is given")
+    add("--subtitles", type=true_or_false, default=False,
+        help="questions: whether subtitles of the frames are given, where there are any")
+    add("--workers", type=at_least(0), default=2, help="questions: processes that read media ahead of time")
 
 
 # ---- where they lie --------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ from tqdm import tqdm
 
 from benchmarks.media import read_sound
 from benchmarks.mini import write_mini
+from benchmarks.questions import Question, frame_window, open_media, read_clip, read_subtitles
 from benchmarks.samples import (
     Benchmark,
     Sample,
@@ -136,6 +137,9 @@ def inspect(sample: Sample, seen: dict) -> None:
     if sample.make is not None:
         inspect_made(sample, seen)
         return
+    if isinstance(sample, Question):
+        inspect_question(sample, seen)
+        return
     _, seconds = read_once(seen, ("frames", sample.video), sample, inspect_frames, sample)
     if sample.sound is not None:
         read_once(seen, ("sound", sample.video), sample, inspect_sound, sample, seconds)
@@ -152,6 +156,29 @@ def inspect_made(sample, seen):
     clip = load(sample)
     seen["frames", sample.video] = len(clip.frames), len(clip.frames) / clip.fps
     seen["sound", sample.video] = None if clip.sound is None else ""
+
+
+def inspect_question(sample, seen):
+    media = sample.pictures[0], sample.start, sample.end
+    read_once(seen, ("frames", *media), sample, inspect_media, sample)
+    if sample.sound is not None:
+        read_once(seen, ("sound", *media), sample, inspect_heard, sample)
+    if sample.subtitles:
+        read_once(seen, ("subtitles", sample.subtitles), sample, read_subtitles, sample.subtitles)
+
+
+def inspect_media(sample):
+    """(number of frames, seconds) of what a question shows. Only the first and the last frame are read."""
+    frames, fps = open_media(sample)
+    window = frame_window(sample, len(frames), fps)
+    for t in {window[0], window[-1]}:
+        frames[t]
+    return len(window), len(window) / fps
+
+
+def inspect_heard(sample):
+    clip = read_clip(sample, most_frames=1)
+    return None if clip.sound is None else ""
 
 
 def read_once(seen, key, sample, read, *arguments):
@@ -210,7 +237,10 @@ WHITE = (255, 255, 255)
 
 def show(sample: Sample, out: str) -> None:
     """Writes OUT/sample.png, a sheet of the frames with the target outlined, and OUT/prompt.txt."""
-    clip = load(sample, most_frames=MOST_FRAMES)
+    if isinstance(sample, Question):
+        clip = read_clip(sample)
+    else:
+        clip = load(sample, most_frames=MOST_FRAMES)
     texts = [sample.name]
     for message in prompt(clip):
         for part in message["content"]:

@@ -109,6 +109,8 @@ class Benchmark:
     archive: str = "Annotations"   # top folder of the server's zip
     # (out, samples, readable) writes more official files.
     export: Callable | None = None
+    # A questions.Quiz: how its questions are scored. Its samples are questions.Question, without masks.
+    quiz: object = None
     # (root, videos) writes a miniature of its files.
     mini: Callable | None = None
 

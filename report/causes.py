@@ -32,11 +32,10 @@ def scored_frames(sample) -> list[int]:
     return [places[name] for name in scored_names(sample)]
 
 
-def cause_of(value: float, times: list[int], true, pred, answer: dict | None) -> str:
+def cause_of(value: float, sample, true, pred, answer: dict | None) -> str:
     """A name in CAUSES, or "" where the sample did not fail.
 
     value   of the sample, in per cent
-    times   the numbers of the scored frames in the video
     true    bool [O, T, H, W], pred bool [T, H, W], on scored frames; None where they cannot be read
     answer  {"text", "keyframes", "boxes"} by frame of the video; None where it is not known
     """
@@ -47,7 +46,7 @@ def cause_of(value: float, times: list[int], true, pred, answer: dict | None) ->
     if not true.any():
         return "null missed" if pred.any() else ""
     if answer is not None:
-        cause = cause_of_answer(times, true, answer)
+        cause = cause_of_answer(scored_frames(sample), true, answer)
         if cause:
             return cause
     elif not pred.any():

@@ -26,24 +26,27 @@ from trust.files import read_json
 WORST = 8
 BEST = 4
 RANDOM = 6
+VERDICTS = {100.0: "right", 0.0: "wrong"}
 MOST_ROWS = 300     # of a table of samples: half of them from each end
 
 
-def write_evaluation(out: str, benchmark, samples: list, results: dict, columns, against: str | None) -> None:
-    """Writes OUT/report.html. An error is a warning: the results are written already.
-
-    results  what results.json holds. columns: those of the table. against: the file of the other evaluation
-    """
+def write_evaluation(out: str, page, *arguments) -> None:
+    """Writes OUT/report.html: page(*arguments), of a function below. An error is a warning: the results are
+    written already."""
     path = os.path.join(out, "report.html")
     try:
         # An older page does not belong to the new results.
         Path(path).unlink(missing_ok=True)
-        write_page(path, evaluation_page(benchmark, samples, results, columns, against))
+        write_page(path, page(*arguments))
     except Exception as error:
         print(f"warning: writing {path} failed ({one_line(error)})", file=sys.stderr)
 
 
 def evaluation_page(benchmark, samples, results, columns, against=None) -> str:
+    """The page of an evaluation by masks.
+
+    results: what results.json holds. columns: those of the table. against: the file of the other evaluation.
+    """
     rows = results["expressions"]
     column = benchmark.paired
     other = read_json(against) if against else None
@@ -57,7 +60,6 @@ def evaluation_page(benchmark, samples, results, columns, against=None) -> str:
     parts.append(failures(rows))
     if before:
         parts.append(changes(rows, before, column, results["against"]))
-    parts.append(questions(rows))
     files = {}
     records = []
     for title, meaning, chosen in galleries(rows, before, column):
@@ -78,6 +80,11 @@ def heading(results, rows, columns, against) -> str:
         half = results["against"]["half_interval"]
         interval = "" if half is None else f"\N{PLUS-MINUS SIGN} {number(half, 1)}, 95 %"
         pairs["change"] = number(results["against"]["difference"], 1, signed=True), interval
+    return title_of(results, pairs, against)
+
+
+def title_of(results, pairs, against=None) -> str:
+    """What was evaluated, and large figures."""
     facts = [f"split {', '.join(results['split'])}"]
     if results["policy"]:
         facts.append(f"policy {results['policy']}")
@@ -155,17 +162,37 @@ def left(lines) -> str:
     return f" The {MOST_ROWS // 2} at each end of {len(lines)} expressions."
 
 
-def questions(rows) -> str:
-    """Questions, answers, and what was read of them. A row of a question has `read` and `solution`."""
-    asked = [row for row in rows if "read" in row]
+def questions_page(results, columns) -> str:
+    """The page of an evaluation by questions. columns: ours and those of the official parsers."""
+    rows = results["expressions"]
+    overall = next(iter(results["subsets"].values()))
+    pairs = {column: (number(overall.get(column), 1), "per cent") for column in columns}
+    pairs["questions"] = str(len(rows)), f"{results['unreadable']} unreadable, {results['missing']} missing"
     lines = []
-    for row in ends_of(asked):
-        answer = answer_text(row.get("text", ""))
-        lines.append([row["query"], row["solution"], answer, row["read"] or "nothing"])
-    if not lines:
-        return ""
-    drawn = table("questions", ["question", "solution", "answer", "read as"], lines)
-    return f"<section><h2>Questions</h2>{drawn}</section>"
+    for name, part in results["subsets"].items():
+        values = [number(part.get(column)) for column in columns]
+        lines.append([name, *values, part.get("rows", NONE)])
+    drawn = table("means, in per cent", ["", *columns, "questions"], lines)
+    head = f"<section><h2>Results</h2>{drawn}</section>"
+    name = f"{results['bench']} {', '.join(results['split'])}"
+    body = title_of(results, pairs) + head + questions(rows, columns)
+    return fill(f"{name}: evaluation", body, {})
+
+
+def questions(rows, columns) -> str:
+    """Questions, answers, what was read of them, and what each parser says."""
+    # Some columns are only of the whole, such as precision.
+    columns = [column for column in columns if rows and column in rows[0]]
+    lines = []
+    for row in rows:
+        # The answer alone: a completion may be long.
+        answer = answer_text(row["text"] or "") or "none"
+        verdicts = [VERDICTS.get(row[column], NONE) for column in columns]
+        lines.append([row["query"], row["solution"], answer, row["said"] or "nothing", *verdicts])
+    head = ["question", "solution", "answer", "read as", *columns]
+    drawn = table("questions", head, ends_of(lines))
+    return (f'<section><h2>Questions</h2><p class="lead">What was answered, what we read of it, and what '
+            f'each parser says.{left(lines)}</p>{drawn}</section>')
 
 
 # ---- cases -----------------------------------------------------------------------------------------

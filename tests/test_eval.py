@@ -14,7 +14,7 @@ from PIL import Image
 
 import eval as evaluation
 import segment as segment_program
-from benchmarks import find_benchmark, open_split
+from benchmarks import find_benchmark, open_split, reports
 from benchmarks.metrics import paired_difference
 from benchmarks.predictions import prediction_folder, read_prediction, write_prediction
 from benchmarks.samples import Sample
@@ -545,7 +545,7 @@ def test_results_are_written_before_they_are_compared(tmp_path, monkeypatch, cap
     assert "+-" not in capsys.readouterr().out
 
     path.unlink()
-    monkeypatch.setattr(evaluation, "paired_difference", lambda *_: 1 / 0)
+    monkeypatch.setattr(reports, "paired_difference", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluation.main(arguments)
     written = json.loads(path.read_text())
