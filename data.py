@@ -81,7 +81,8 @@ class Clip:
     masks: np.ndarray | None = None    # bool [O, T, H, W], visible parts of the target; None where unknown
     kind: str = ""                     # kind of query, for the tables
     task: str = "vos"                  # a name in TASKS
-    # "image": box and points in source pixels; "qa": type, options, solution, perhaps task.
+    # "image": box and points in source pixels; "qa": type, options, solution, perhaps task. In all: "show" in
+    # place of the task's way.
     truth: dict = field(default_factory=dict)
     fault: str = ""                    # why the clip could not be read; this one is blank then
     size: tuple = field(init=False)    # (H, W) of the source
@@ -425,7 +426,8 @@ def prompt(clip: Clip, rng=None) -> list[dict]:
 
 def prompt_inputs(processor: "Processor", clip: Clip, rng=None) -> "Inputs":
     """Inputs of System 1's prompt for a clip's task."""
-    return TASKS[clip.task].show(processor, clip, prompt(clip, rng))
+    show = clip.truth.get("show", TASKS[clip.task].show)
+    return show(processor, clip, prompt(clip, rng))
 
 
 def frames_to_ground(clip: Clip, text: str) -> dict[int, str]:
@@ -578,7 +580,8 @@ class Processor:
         height, width = self.resized(frames[0].size, self.video_tokens)
         pixels = torch.stack([resize(frames[t], height, width) for t in range(len(frames))])    # [T, 3, h, w]
         patches, grid = self.to_patches(pixels)
-        return self.assemble(messages, patches, grid, self.pair / fps, self.spectrogram(sound))
+        mel = self.spectrogram(sound)
+        return self.assemble(messages, [self.video_part(grid, fps, mel)], patches, grid, mel)
 
     def image_inputs(self, messages, image, sound=None, like: Inputs | None = None) -> Inputs:
         """Inputs of a prompt with one PIL picture and perhaps a sound. `scale` maps boxes to source pixels.
@@ -591,7 +594,12 @@ class Processor:
         else:
             patches = like.patches
             grid = like.grid
-        inputs = self.assemble(messages, patches, grid, 1.0, self.spectrogram(sound))
+        mel = self.spectrogram(sound)
+        parts = [
+            self.bracket(["vision"], *self.place_vision(grid, self.image, 1.0)),
+            self.bracket(["audio"], *self.place_sound(mel)),
+        ]
+        inputs = self.assemble(messages, parts, patches, grid, mel)
         inputs.scale = (image.size[0] / width, image.size[1] / height)
         return inputs
 
@@ -652,29 +660,19 @@ class Processor:
         mel = out["input_features"][0][:, out["attention_mask"][0].bool()]
         return mel if sound_tokens(mel) else None
 
-    def assemble(self, messages, patches, grid, seconds, mel) -> Inputs:
-        """Inputs of text with at most one image or video and one sound.
+    def assemble(self, messages, parts, patches, grid, mel) -> Inputs:
+        """Inputs of text and media.
 
-        If the messages have no place for a sound, it is the video's, and the two take turns.
-        seconds: how long a temporal patch lasts.
+        parts: (ids, positions, end) of each medium between its marks, in the order of their places
+        patches, grid, mel: of all media, in the same order
         """
-        text = self.render(messages)
         # Text at even places, the name of a medium at odd ones.
-        pieces = MEDIA.split(text)
+        pieces = MEDIA.split(self.render(messages))
         ids = []
         positions = []
         start = 0
         for place, piece in enumerate(pieces):
-            if place % 2 == 0:
-                part = self.place_text(piece)
-            elif piece == "AUDIO":
-                part = self.bracket(["audio"], *self.place_sound(mel))
-            elif mel is not None and "AUDIO" not in pieces:
-                part = self.bracket(["vision", "audio"], *self.interleave(grid[0], seconds, mel))
-            else:
-                placeholder = self.image if piece == "IMAGE" else self.video
-                part = self.bracket(["vision"], *self.place_vision(grid[0], placeholder, seconds))
-            new, where, end = part
+            new, where, end = parts[place // 2] if place % 2 else self.place_text(piece)
             ids.append(new)
             positions.append(where + start)
             start += end
@@ -687,8 +685,15 @@ class Processor:
         ids = self.encode_text(text)
         return ids, torch.arange(len(ids)).expand(3, -1), len(ids)
 
+    def video_part(self, grid, fps, mel):
+        """A video between its marks, and its sound interleaved where there is one."""
+        seconds = self.pair / fps
+        if mel is None:
+            return self.bracket(["vision"], *self.place_vision(grid, self.video, seconds))
+        return self.bracket(["vision", "audio"], *self.interleave(grid, seconds, mel))
+
     def place_vision(self, grid, placeholder, seconds):
-        t, h, w = grid.tolist()
+        t, h, w = grid[0].tolist()
         time = (torch.arange(t) * seconds * self.per_second).long()
         rows = torch.arange(h // self.merge)
         columns = torch.arange(w // self.merge)

@@ -55,6 +55,7 @@ def read_options(arguments: list[str] | None = None):
     add("--bench", default="toy", choices=tested_names(), help="what is evaluated")
     add("--split", help="of the benchmark, several by commas; default: those that are usually evaluated")
     add_roots(parser)
+    add("--ask", help="how its questions are asked: refavs by frames (default) or by its first frame")
     add("--predictions", metavar="PATH", help="scores what is there, of any model, instead of a policy")
     add_model_options(parser)
     add_controls(parser)
@@ -185,6 +186,7 @@ def run_claim(options, benchmark, root) -> dict:
     """What OUT/run.json holds: whose predictions are in OUT."""
     claim = dict(
         bench=benchmark.name,
+        task=benchmark.task or None,
         split=options.split or benchmark.tested,
         data=os.path.realpath(root) if benchmark.folder else "",
         policy=os.path.realpath(options.policy),
@@ -306,9 +308,9 @@ def score_table(benchmark: Benchmark, results: dict) -> str:
     for column in ANSWER_COLUMNS:
         if any(column in subset for subset in results["subsets"].values()):
             columns.append(column)
-    lines = [f"{'':14}" + "".join(f"{column:>9}" for column in columns) + f"{'expressions':>13}"]
+    lines = [f"{'':20}" + "".join(f"{column:>9}" for column in columns) + f"{'expressions':>13}"]
     for name, subset in results["subsets"].items():
-        line = f"{name:14}"
+        line = f"{name:20}"
         for column in columns:
             value = subset.get(column)
             cell = "" if value is None else f"{value:.{benchmark.decimals.get(column, 2)}f}"
@@ -327,7 +329,7 @@ def score_table(benchmark: Benchmark, results: dict) -> str:
 # ---- the program -----------------------------------------------------------------------------------
 def evaluate(options):
     """Predicts what is not predicted yet, each process its share. The first process then scores."""
-    benchmark = find_benchmark(options.bench)
+    benchmark = find_benchmark(options.bench, options.ask)
     check_controls(options, benchmark)
     root = chosen_root(benchmark, options)
     splits = split_names(benchmark, options.split or benchmark.tested)

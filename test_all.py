@@ -359,8 +359,8 @@ def test_an_unknown_kl_estimate_is_refused():
 def test_every_benchmark_is_one_file_and_one_entry():
     """ "one file in `benchmarks/` and its entry in `benchmarks/__init__.py`" """
     shared = {
-        "__init__", "samples", "metrics", "predictions", "results", "mini", "media", "pictures", "check",
-        "questions", "quiz", "replies", "reports"}
+        "__init__", "samples", "metrics", "predictions", "references", "results", "mini", "media", "pictures",
+        "check", "questions", "quiz", "replies", "reports"}
     files = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - shared
     # RefCOCO's file holds three.
     assert {entry.record.partition(".")[0] for entry in BENCHMARKS} == files

@@ -22,6 +22,9 @@ class Entry:
     splits: tuple
     tested: str = ""        # splits that are evaluated, by commas; "": it is only trained on
     aliases: tuple = ()     # other names of it in --data
+    # ((word of --ask, task), ...): how it can be asked at evaluation, by default as the first says. Empty: as
+    # its record says, and there is no --ask.
+    asks: tuple = ()
 
 
 # An alias holds before the name of a later benchmark: --data refcocog means refcocog_2k_840.
@@ -30,7 +33,7 @@ BENCHMARKS = (
     Entry("revos", "revos.REVOS", "revos", ("train", "valid"), "valid"),
     Entry("mevis", "mevis.MEVIS", "mevis", ("train", "valid_u", "valid"), "valid_u"),
     Entry("refavs", "refavs.REFAVS", "refavs", ("train", "val", "test_s", "test_u", "test_n"),
-          "test_s,test_u,test_n"),
+          "test_s,test_u,test_n", asks=(("frames", "vos"), ("first", "avs"))),
     Entry("refcocog_2k_840", "refcocog_2k_840.REFCOCOG_2K_840", "refcocog_2k_840", ("train",),
           aliases=("refcocog",)),
     Entry("refcoco", "refcoco.REFCOCO", "refer_seg", ("train", "val", "testA", "testB"), "val"),
@@ -40,6 +43,9 @@ BENCHMARKS = (
     Entry("refdavis", "refdavis.REFDAVIS", "refdavis", ("valid",), "valid"),
     Entry("refytvos", "refytvos.REFYTVOS", "refytvos", ("valid",), "valid"),
     Entry("reasonvos", "reasonvos.REASONVOS", "reasonvos", ("test",), "test"),
+    Entry("mevisv2", "mevisv2.MEVISV2", "mevisv2", ("train", "valid_u", "valid"), "valid_u"),
+    Entry("omniavs", "omniavs.OMNIAVS", "omniavs", ("train", "test"), "test"),
+    Entry("longrvos", "longrvos.LONGRVOS", "longrvos", ("train", "valid", "test"), "valid"),
     Entry("video_r1", "video_r1.VIDEO_R1", "video_r1", ("train",)),
     Entry("avhbench", "avhbench.AVHBENCH", "avhbench", ("test", "captions"), "test"),
     Entry("omnibench", "omnibench.OMNIBENCH", "omnibench", ("test",), "test"),
@@ -72,6 +78,20 @@ def find_entry(name: str) -> Entry:
     raise BadInput(f"unknown dataset: {name} (known: {', '.join(all_names())})")
 
 
+def asked_task(entry, ask: str | None) -> str | None:
+    """The task of a word of --ask, by default of the first; None where the entry has no such words.
+
+    Raises BadInput for another word.
+    """
+    tasks = dict(entry.asks)
+    if ask is None:
+        return next(iter(tasks.values()), None)
+    if ask not in tasks:
+        known = f"known: {', '.join(tasks)}" if tasks else "it is asked in one way only"
+        raise BadInput(f"--ask {ask} means nothing to --bench {entry.name} ({known})")
+    return tasks[ask]
+
+
 def trained_entries(names: str) -> list[Entry]:
     """The entries to train on of names or aliases, by commas. Raises BadInput for others, or one twice."""
     found = []
@@ -101,13 +121,16 @@ def split_names(entry: Entry, names: str) -> list[str]:
 
 
 # ---- records ---------------------------------------------------------------------------------------
-def find_benchmark(name: str):
+def find_benchmark(name: str, ask: str | None = None):
     """The samples.Benchmark of a name: the record of its file, with the facts of its entry.
 
-    Raises BadInput for an unknown name.
+    ask: how it is asked at evaluation, a word of Entry.asks. Raises BadInput for an unknown name or word.
     """
     entry = find_entry(name)
     facts = asdict(entry)
+    del facts["asks"]
+    if entry.asks:
+        facts["task"] = asked_task(entry, ask)
     file, _, record = facts.pop("record").partition(".")
     module = importlib.import_module(f"benchmarks.{file}")
     return replace(getattr(module, record), **facts)
@@ -166,7 +189,11 @@ def roots_given(options: argparse.Namespace) -> dict[str, str]:
 
 
 def chosen_root(entry, options: argparse.Namespace) -> str:
-    """Where the one benchmark of a command line lies. Raises BadInput for a root that means nothing to it."""
+    """Where the one benchmark of a command line lies.
+
+    Raises BadInput for a root or an --ask that means nothing to it.
+    """
+    asked_task(find_entry(entry.name), getattr(options, "ask", None))
     roots = roots_given(options)
     for folder in roots:
         if folder != entry.folder:

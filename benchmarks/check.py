@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import textwrap
+from dataclasses import replace
 
 from benchmarks import (
     add_roots,
@@ -34,6 +35,7 @@ def read_options(arguments: list[str] | None = None):
     parser.add_argument("--bench", required=True, choices=all_names(), help="the dataset")
     add_roots(parser)
     parser.add_argument("--split", help="check: by default all; show: by default the first")
+    parser.add_argument("--ask", help="show: as at evaluation; refavs: by frames or by its first frame")
     parser.add_argument("--index", type=at_least(0), default=0, help="show: which sample of the split")
     parser.add_argument("--videos", type=at_least(1), default=4, help="mini: how many in every split")
     parser.add_argument("--out", metavar="DIR", default="out/data",
@@ -65,6 +67,7 @@ from tqdm import tqdm
 from benchmarks.media import read_sound
 from benchmarks.mini import write_mini
 from benchmarks.questions import Question, frame_window, open_media, read_clip, read_subtitles
+from benchmarks.references import read_reference
 from benchmarks.samples import (
     Benchmark,
     Sample,
@@ -130,7 +133,7 @@ def inspect(sample: Sample, seen: dict) -> None:
     """Raises BadInput for the first fault of a sample.
 
     seen: results and errors of reading, for other samples with the same files. Keys are ("frames", video),
-    ("sound", video) and ("masks", video, *ids of the objects).
+    ("sound", video), ("reference", path) and ("masks", video, *ids of the objects).
     """
     if sample.fault:
         raise BadInput(f"{sample.name}: {sample.fault}")
@@ -140,6 +143,9 @@ def inspect(sample: Sample, seen: dict) -> None:
     if isinstance(sample, Question):
         inspect_question(sample, seen)
         return
+    # They are read with the first frame, whose errors are kept for all samples of the video.
+    for _, kind, path in sample.truth.get("references", ()):
+        read_once(seen, ("reference", path), sample, read_reference, kind, path)
     _, seconds = read_once(seen, ("frames", sample.video), sample, inspect_frames, sample)
     if sample.sound is not None:
         read_once(seen, ("sound", sample.video), sample, inspect_sound, sample, seconds)
@@ -246,6 +252,8 @@ def show(sample: Sample, out: str) -> None:
         for part in message["content"]:
             if part["type"] == "text":
                 texts.append(part["text"])
+    for mark, _, path in sample.truth.get("references", ()):
+        texts.append(f"{mark}: {path}")
     os.makedirs(out, exist_ok=True)
     path = os.path.join(out, "sample.png")
     with writing(path):
@@ -342,7 +350,7 @@ def wrapped(text, font, width):
 # ---- the program -----------------------------------------------------------------------------------
 def main(arguments=None):
     options = read_options(arguments)
-    benchmark = find_benchmark(options.bench)
+    benchmark = find_benchmark(options.bench, options.ask)
     splits = benchmark.splits
     if options.split is not None:
         splits = split_names(benchmark, options.split)
@@ -356,7 +364,10 @@ def main(arguments=None):
             samples = open_split(benchmark, splits[0], root)
             if options.index >= len(samples):
                 raise BadInput(f"--index {options.index}: there are {len(samples)} samples")
-            show(samples[options.index], options.out)
+            sample = samples[options.index]
+            if options.ask is not None:
+                sample = replace(sample, task=benchmark.task)
+            show(sample, options.out)
             print(f"written: {options.out}/sample.png, prompt.txt")
         else:
             broken = sum(check(benchmark, split, root) for split in splits)

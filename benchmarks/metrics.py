@@ -111,6 +111,19 @@ def overlap(true, pred) -> tuple[int, int]:
     return I, U
 
 
+def meteor(reference: str, text: str) -> float | None:
+    """METEOR, 0 to 1, of a text against a reference, both split at blanks.
+
+    None without nltk or its data of WordNet.
+    """
+    try:
+        from nltk.translate.meteor_score import single_meteor_score
+        return float(single_meteor_score(reference.split(), text.split()))
+    # nltk raises LookupError where its data is missing.
+    except (ImportError, LookupError):
+        return None
+
+
 # ---- all samples: rows -> {subset: {column: value, "expressions": count}} --------------------------
 def mean_row(rows: list[dict], columns=("J", "F")) -> dict:
     """Means of the columns, J&F (the mean of the means of J and F), and the number of rows.

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 from PIL import Image
+from scipy.io import wavfile
 
 from benchmarks.toy import Scene, toy_queries, toy_scene
+from data import SAMPLE_RATE
 from trust.errors import BadInput
 
 
@@ -98,6 +100,13 @@ def rectangles(mask: np.ndarray) -> Iterator[tuple]:
         ends = changes.nonzero()[0].tolist()
         for start, stop in zip(ends[::2], ends[1::2]):
             yield start, y, stop - 1, y
+
+
+def sound_file(sound: np.ndarray) -> bytes:
+    """A sound, float32 at 16 kHz, as the bytes of a wav file."""
+    buffer = io.BytesIO()
+    wavfile.write(buffer, SAMPLE_RATE, (sound * 32767).astype(np.int16))
+    return buffer.getvalue()
 
 
 def encoded(picture: Image.Image, form: str) -> bytes:

@@ -56,6 +56,9 @@ LAYOUTS = (
     Layout("refdavis", "valid"),
     Layout("refytvos", "valid"),
     Layout("reasonvos", "test"),
+    Layout("mevisv2", "train", "^valid"),
+    Layout("omniavs", "train", "test"),
+    Layout("longrvos", "train", "^valid|^test"),
     Layout("video_r1", "train"),
 )
 # Layouts whose first video shows not all that there is: a null clip, no cp1252, no picture.
@@ -601,6 +604,8 @@ def field_changes(path: Path) -> Iterator[tuple]:
     """(field, kind, change) for a file of records."""
     if path.suffix == ".json":
         yield from tree_changes(load_json, dump_json, load_json(path))
+    elif path.suffix == ".jsonl":
+        yield from tree_changes(load_lines, dump_lines, load_lines(path))
     elif path.suffix == ".p":
         yield from tree_changes(load_pickle, dump_pickle, load_pickle(path))
     elif path.suffix == ".csv":
@@ -619,6 +624,15 @@ def dump_json(path, record):
     # A key that comes twice cannot stand in a dict: it has a mark until here.
     text = json.dumps(record).replace(TWICE, "")
     write(path, text.encode())
+
+
+def load_lines(path):
+    return [json.loads(line) for line in path.read_bytes().decode("utf-8", "replace").splitlines()]
+
+
+def dump_lines(path, records):
+    lines = [json.dumps(record).replace(TWICE, "") for record in records]
+    write(path, "\n".join(lines).encode())
 
 
 def load_pickle(path):
