@@ -49,7 +49,7 @@ class Sample:
     # (indices=None) -> bool [O, T, H, W] of these frames, or of all; None where the masks are not public.
     read_masks: Callable | None = None
     sound: str | None = None   # path of a wav, or of a video file with a soundtrack
-    # As Clip.truth. "size": (H, W) that the picture must have.
+    # As Clip.truth. "size": (H, W) that the picture must have; "references": media of the query.
     truth: dict = field(default_factory=dict)
     fault: str = ""            # why it is not trained on, if the small files tell
     broken: str = ""           # why it is not evaluated, either: what its record says cannot be used

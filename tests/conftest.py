@@ -1,5 +1,8 @@
 """Fixtures of several test files."""
+import gc
+import multiprocessing
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -29,6 +32,25 @@ def leave_out_slow(request):
     """Without -m nobody waits for slow tests."""
     if request.node.get_closest_marker("slow") and not request.config.option.markexpr:
         pytest.skip("slow: make test-all")
+
+
+@pytest.fixture
+def child_handler():
+    """Lets the next loader set its own handler of SIGCHLD; ends its workers afterwards."""
+    handling = torch.utils.data._utils.signal_handling
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    was_set = handling._SIGCHLD_handler_set
+    handling._SIGCHLD_handler_set = False
+    yield
+    # No handler may learn of deaths that are wanted: it would raise in the next test.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # Loaders that are collected forget their workers.
+    gc.collect()
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    handling._SIGCHLD_handler_set = was_set
+    signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.fixture(scope="session")

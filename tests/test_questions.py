@@ -740,7 +740,7 @@ def test_workers_prepare_what_this_process_would(workers, minis):
             torch.testing.assert_close(inputs.mel, expected.mel, rtol=0, atol=1e-6)
 
 
-def test_a_worker_that_dies_is_told_in_one_line(minis, monkeypatch):
+def test_a_worker_that_dies_is_told_in_one_line(minis, monkeypatch, child_handler):
     samples = samples_of("videomme", minis("videomme"))
     options = SimpleNamespace(frames=6, sound=True, think=True, subtitles=False, workers=1)
     monkeypatch.setattr(questions, "read_clip", lambda *_: os._exit(3))

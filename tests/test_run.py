@@ -767,23 +767,6 @@ def items_of(end):
     return take_items(iter(loader))
 
 
-@pytest.fixture
-def child_handler():
-    """Lets the next loader set its own handler of SIGCHLD; ends its workers afterwards."""
-    handling = torch.utils.data._utils.signal_handling
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    was_set = handling._SIGCHLD_handler_set
-    handling._SIGCHLD_handler_set = False
-    yield
-    # No handler may learn of deaths that are wanted: it would raise in the next test.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    # Loaders that are collected forget their workers.
-    gc.collect()
-    kill(multiprocessing.active_children())
-    handling._SIGCHLD_handler_set = was_set
-    signal.signal(signal.SIGCHLD, before)
-
-
 def test_without_workers_errors_stay_as_they_are():
     def items():
         yield 1

@@ -582,6 +582,7 @@ def test_a_policy_sets_nothing_that_is_read_or_written(name, tmp_path, capsys):
 
 def test_a_policy_may_set_the_rest():
     rest = {
+        "mask_prompt",
         "validate", "frames", "video_tokens", "image_tokens", "steps", "batch", "accumulate", "updates", "lr",
         "warmup", "weight_decay", "clip_norm", "lora_rank", "group", "max_new_tokens", "temperature", "top_p",
         "top_k", "keyframe", "saliency", "alignment", "consistency", "clip_reward", "length_control", "beta",
