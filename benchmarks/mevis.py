@@ -28,7 +28,8 @@ def read_mevis(root: str, split: str) -> list[Sample]:
     return [sample for sample, _, _ in entries]
 
 
-def mini_mevis(root: str, videos: int):
+def mini_mevis(root: str, videos: int, kinds: tuple = ("referring", "reasoning")):
+    """kinds: of the expressions."""
     for split in ("train", "valid_u", "valid"):
         folder = f"{root}/{split}"
         hidden = split == "valid"
@@ -37,7 +38,7 @@ def mini_mevis(root: str, videos: int):
         meta = {}
         table = {}
         for video, scene, names in write_clips(f"{folder}/JPEGImages", split, indices, "{:012x}"):
-            expressions = annotate(scene, table, ("referring", "reasoning"))
+            expressions = annotate(scene, table, kinds)
             for expression in expressions.values():
                 del expression["type_id"]
                 if hidden:

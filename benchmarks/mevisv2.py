@@ -15,9 +15,10 @@ The metric of the challenges (PVUW, LSVOS) from 2025 on: beside J and F over all
 
 A frame on which nothing is and nothing is predicted has J = F = 1, as everywhere.
 """
+from functools import partial
+
 from benchmarks.metrics import by_kind, mean_row, score_video
-from benchmarks.mini import put, write_clips
-from benchmarks.revos import annotate
+from benchmarks.mevis import mini_mevis
 from benchmarks.samples import Benchmark, Sample, require, rle_samples
 from trust.files import read_json
 
@@ -70,33 +71,12 @@ def mean_mevisv2(rows: list[dict]) -> dict:
     return means
 
 
-# ---- the miniature ---------------------------------------------------------------------------------
-def mini_mevisv2(root: str, videos: int):
-    """As that of MeViS, with expressions that mean nothing."""
-    for split in ("train", "valid_u", "valid"):
-        folder = f"{root}/{split}"
-        hidden = split == "valid"
-        # The clips of valid are none of valid_u.
-        indices = range(videos, 2 * videos) if hidden else range(videos)
-        meta = {}
-        table = {}
-        for video, scene, names in write_clips(f"{folder}/JPEGImages", split, indices, "{:012x}"):
-            expressions = annotate(scene, table, ("referring", "reasoning", "null"))
-            for expression in expressions.values():
-                del expression["type_id"]
-                if hidden:
-                    del expression["obj_id"], expression["anno_id"]
-            meta[video] = dict(frames=names, expressions=expressions)
-        put(dict(videos=meta), f"{folder}/meta_expressions.json")
-        if not hidden:
-            put(table, f"{folder}/mask_dict.json")
-
-
 MEVISV2 = Benchmark(
     read=read_mevisv2,
     score=score_mevisv2,
     subsets=mevisv2_subsets,
     columns=("J", "F", "J&F", "N-acc", "T-acc", "Final"),
     archive="",
-    mini=mini_mevisv2,
+    # Some expressions mean nothing.
+    mini=partial(mini_mevis, kinds=("referring", "reasoning", "null")),
 )
