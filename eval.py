@@ -137,6 +137,9 @@ def predict(options, benchmark, samples, claim, rank, processes):
     done = len(samples) - len(todo)
     bar = tqdm(total=len(samples), initial=done, desc=benchmark.name, unit="expression", disable=rank > 0)
     with open(f"{options.out}/answers-{rank}.jsonl", "a") as answers, bar:
+        # A process that was killed may have left half a line.
+        if answers.tell():
+            answers.write("\n")
         for first in range(0, len(todo), options.batch):
             batch = todo[first:first + options.batch]
             predict_batch(options, benchmark, batch, models, answers)
@@ -378,7 +381,8 @@ def predict_share(options, benchmark, samples, root, rank):
     left = unanswered if benchmark.quiz else unpredicted
     done = len(samples) - len(left(options.out, samples))
     if done and rank == 0:
-        print(f"{done} of {len(samples)} expressions were already there")
+        unit = "questions" if benchmark.quiz else "expressions"
+        print(f"{done} of {len(samples)} {unit} were already there")
     answer = answer_questions if benchmark.quiz else predict
     answer(options, benchmark, samples, claim, rank, processes)
     if processes > 1:

@@ -24,7 +24,6 @@ from benchmarks.questions import (
     SENTENCE,
     YES_NO,
     file_of,
-    group_of,
     new_question,
     set_free,
 )
@@ -59,19 +58,21 @@ def read_avhbench(root: str, split: str) -> list:
 
 
 def read_item(sample, item, folder, where):
+    # First, so that a row counts in its task whatever else is wrong with it.
+    task = require(item, "task", where, str)
+    if task not in (*TASKS, CAPTIONING):
+        raise BadInput(f"task {task[:80]!r} is unknown in {where}")
+    sample.kind = task
+    sample.groups = dict(task=task)
+    sample.graded = task != CAPTIONING
     sample.video = check_name(require(item, "video_id", where, str), where)
     sample.pictures = [file_of(folder, f"{sample.video}.mp4", where)]
     sample.sound = sample.pictures[0]
-    sample.kind = group_of(item, "task", where)
-    sample.groups = dict(task=sample.kind)
     sample.query = require(item, "text", where, str)
     label = require(item, "label", where, str)
-    if sample.kind == CAPTIONING:
-        sample.graded = False
+    if task == CAPTIONING:
         set_free(sample, label, SENTENCE)
         return
-    if sample.kind not in TASKS:
-        raise BadInput(f"task {sample.kind!r} is unknown in {where}")
     if label not in ("Yes", "No"):
         raise BadInput(f"the label {label[:80]!r} is neither Yes nor No in {where}")
     set_free(sample, label, YES_NO)
@@ -92,7 +93,8 @@ def avhbench_parts(rows: list[dict], columns) -> dict:
     parts = {}
     if asked:
         parts["overall"] = yes_no_part(asked)
-    for task in dict.fromkeys(row["kind"] for row in asked):
+    # A row whose task is not known counts in the whole alone.
+    for task in dict.fromkeys(row["kind"] for row in asked if row["kind"]):
         parts[task] = yes_no_part([row for row in asked if row["kind"] == task])
     if captions:
         parts[CAPTIONING] = mean_part(captions, ()) | caption_part(captions)

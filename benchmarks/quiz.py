@@ -22,7 +22,7 @@ from benchmarks.predictions import read_answers
 from benchmarks.questions import YES_NO, Question, batches, group_questions, prepare
 from benchmarks.replies import last_answer, official_text, read_letter, read_yes_no
 from benchmarks.reports import compare, write_json
-from benchmarks.samples import Benchmark
+from benchmarks.samples import Benchmark, shown
 from data import Processor
 from model import Thinker
 from trust.errors import BadInput
@@ -185,9 +185,7 @@ def score_reply(quiz: Quiz, sample: Question, answer: dict | None) -> dict:
     row["ours"] = per_cent(said != "" and said == sample.solution if sample.graded else None)
     given = None if text is None else official_text(text)
     for column, parser in quiz.parsers.items():
-        # Nobody can be right about a question that is broken.
-        right = None if not sample.graded else parser(given, sample) if not sample.broken else False
-        row[column] = per_cent(right)
+        row[column] = per_cent(parser(given, sample) if sample.graded else None)
     return row
 
 
@@ -225,9 +223,16 @@ def by_groups(rows: list[dict], columns) -> dict:
 
 
 def score_replies(benchmark: Benchmark, samples: list[Question], predictions: str) -> dict:
-    """Results: {"summary", "subsets", "expressions": rows, and counts of rows}."""
+    """Results: {"summary", "subsets", "expressions": rows, and counts of rows}.
+
+    Raises BadInput where there are replies, and all are to other questions.
+    """
     quiz = benchmark.quiz
     answers = open_replies(predictions)
+    names = {sample.name for sample in samples}
+    if answers and not names & answers.keys():
+        raise BadInput(f"no reply to a question of {benchmark.name} in {predictions}; its first is to "
+                       f"{shown(next(iter(answers)))}")
     rows = [score_reply(quiz, sample, answers.get(sample.name)) for sample in samples]
     columns = columns_of(quiz)
     parts = (quiz.parts or by_groups)(rows, columns)
@@ -295,10 +300,13 @@ def conclude_questions(options, benchmark, samples, count, report, others) -> tu
     for name in CONTROLS:
         report[name] = None if options.predictions else getattr(options, name)
     print(reply_table(benchmark.quiz, report))
+    notes = []
     if len(samples) < count:
-        print(f"partial: --limit {len(samples)}, of {count} questions")
-    note = toy_note(report["policy"])
-    if note:
+        notes.append(f"partial: --limit {len(samples)}, of {count} questions")
+    notes.append(toy_note(report["policy"]))
+    # The page shows them, too; the table ends with the quiz's own.
+    report["notes"] = [note for note in (benchmark.quiz.note, *notes) if note]
+    for note in filter(None, notes):
         print(note)
     if benchmark.quiz.export is not None:
         for line in benchmark.quiz.export(options.out, samples, report["expressions"]):

@@ -29,7 +29,8 @@ def official_text(text: str) -> str:
 
 
 # ---- ours ------------------------------------------------------------------------------------------
-NAMED = re.compile(r"\b(?:answer|option|choice)\s*(?:is\b|:)\s*\(?([A-Z])\)?\s*(?:[.,;:]|$)", re.IGNORECASE)
+NAMED = re.compile(
+    r"\b(?:answer|option|choice)\s*(?:is\b|:)\s*\(?([A-Z])(?:\)|\s*(?:[.,;:\n]|$))", re.IGNORECASE)
 
 
 def read_letter(answer: str, options: list[str]) -> str:

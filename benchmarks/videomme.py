@@ -16,6 +16,10 @@ counts them as wrong. `VLMEvalKit` is its rule without a judge.
 OUT/videomme.json is the result file of the official scorer. Its responses are the answers alone, as the
 scorer would read the reasoning. It wants all 300 videos of a duration: a video without any reply is marked as
 missing. `--subtitles true` gives those of the frames that are shown.
+
+Qwen2.5-Omni hears the first 300 s of a sound: of the medium and long videos, the rest is seen and not heard.
+The frames of a video of more than 20 minutes stand closer together in the prompt than in time, and its sound
+does not: there they do not agree.
 """
 import json
 import os

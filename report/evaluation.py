@@ -90,6 +90,10 @@ def title_of(results, pairs, against=None) -> str:
         facts.append(f"policy {results['policy']}")
     else:
         facts.append(f"predictions {results['predictions']}")
+    # How questions were asked.
+    for name in ("think", "sound", "subtitles"):
+        if results.get(name) is not None:
+            facts.append(f"{name} {str(results[name]).lower()}")
     if against:
         facts.append(f"against {against}")
     return (f'<p class="group" style="margin-top:0">Evaluation</p><h1>{escape(results["bench"])}</h1>'
@@ -167,15 +171,21 @@ def questions_page(results, columns) -> str:
     rows = results["expressions"]
     overall = next(iter(results["subsets"].values()))
     pairs = {column: (number(overall.get(column), 1), "per cent") for column in columns}
-    pairs["questions"] = str(len(rows)), f"{results['unreadable']} unreadable, {results['missing']} missing"
+    counts = [f"{results[count]} {count}" for count in ("unreadable", "missing", "skipped")]
+    pairs["questions"] = str(len(rows)), ", ".join(counts)
+    against = results.get("against")
+    if against:
+        pairs["ours, difference"] = number(against["difference"], 1), "to the other evaluation"
     lines = []
     for name, part in results["subsets"].items():
         values = [number(part.get(column)) for column in columns]
         lines.append([name, *values, part.get("rows", NONE)])
     drawn = table("means, in per cent", ["", *columns, "questions"], lines)
-    head = f"<section><h2>Results</h2>{drawn}</section>"
+    notes = "".join(f'<p class="lead">{escape(note)}</p>' for note in results.get("notes", ()))
+    head = f"<section><h2>Results</h2>{notes}{drawn}</section>"
     name = f"{results['bench']} {', '.join(results['split'])}"
-    body = title_of(results, pairs) + head + questions(rows, columns)
+    title = title_of(results, pairs, against and against["file"])
+    body = title + head + questions(rows, columns)
     return fill(f"{name}: evaluation", body, {})
 
 
@@ -186,7 +196,7 @@ def questions(rows, columns) -> str:
     lines = []
     for row in rows:
         # The answer alone: a completion may be long.
-        answer = answer_text(row["text"] or "") or "none"
+        answer = answer_text(row["text"] or "") or row.get("problem") or "none"
         verdicts = [VERDICTS.get(row[column], NONE) for column in columns]
         lines.append([row["query"], row["solution"], answer, row["said"] or "nothing", *verdicts])
     head = ["question", "solution", "answer", "read as", *columns]

@@ -465,3 +465,21 @@ def test_a_missing_commit_is_one_line_of_the_program(tmp_path, monkeypatch, caps
         segment_program.main(["--system2", SA2VA, "--device", "cpu", "--out", str(tmp_path)])
     assert stop.value.code == 2
     assert "a/b needs the 40 digits of a commit" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("function", ["boxes", "masks"])
+def test_an_error_inside_a_generator_is_the_files_own(tmp_path, function):
+    """Hidden behind a line on what was returned, its author would look for it in vain."""
+    path = tmp_path / "generator.py"
+    path.write_text(f"def {function}(image, description):\n    yield from ()\n    int('seven')\n")
+    with pytest.raises(ValueError, match="invalid literal.*'seven'") as caught:
+        plugged(str(path))([Image.new("RGB", (40, 30))], ["dog"])
+    assert not isinstance(caught.value, NoBoxes)
+
+
+@pytest.mark.parametrize("box", ["(0, 0, float('nan'), 1)", "(2, 0, 1, 1)", "(0, 0, 10 ** 400, 1)", "'abcd'"])
+def test_a_generator_is_checked_as_a_list_is(tmp_path, box):
+    path = tmp_path / "{generator}.py"
+    path.write_text(f"def boxes(image, description):\n    yield {box}\n")
+    with pytest.raises(NoBoxes, match="returned <generator"):
+        plugged(str(path))([Image.new("RGB", (40, 30))], ["dog"])

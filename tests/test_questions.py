@@ -123,6 +123,8 @@ def test_omnibenchs_truth_goes_through_its_own_rule():
     ("B", "B"), ("b", "B"), ("(b)", "B"), ("[B].", "B"), ("**B**", "B"), ("B:", "B"), ("B. Gray", "B"),
     ("b) gray", "B"), ("The answer is B.", "B"), ("Option: (C)", "C"), ("gray", "B"), (" Gray. ", "B"),
     ("the answer is B. A is wrong and C too.", "B"),
+    ("Answer: B) Gray", "B"), ("The answer is (b) gray", "B"), ("answer: B\nIt is gray.", "B"),
+    ("answer: B\nanswer: C", ""),
     ("", ""), ("(", ""), ("null", ""), ("E", ""), ("E. Pink", ""), ("B or C", ""), ("B C", ""),
     ("A man wears gray, so B", ""), ("Based on the video, D", ""), ("Correct: D", ""), ("gray or black", ""),
     ("The answer is a dog", ""), ("answer: B. No, answer: C.", ""), ("DNA", ""), ("A dog", ""),
@@ -363,7 +365,7 @@ def test_the_toy_policy_is_asked_and_its_table_says_what_it_is(bench, minis, tmp
     printed = capsys.readouterr().out
     assert "The toy policy was never taught to answer questions" in printed
     again = evaluate_here(out, *options)
-    assert "3 of 3 expressions were already there" in capsys.readouterr().out
+    assert "3 of 3 questions were already there" in capsys.readouterr().out
     assert again["summary"] == results["summary"]
     claim = json.loads((out / "run.json").read_text())
     assert (claim["think"], claim["sound"], claim["subtitles"]) == (True, True, False)
@@ -604,6 +606,16 @@ def test_subtitles_of_the_frames_that_are_shown(tmp_path):
         read_clip(sample, subtitles=True)
 
 
+def test_a_subtitle_without_words_does_not_take_the_next_one(tmp_path):
+    path = tmp_path / "a.srt"
+    stamps = [f"00:00:0{t},000 --> 00:00:0{t + 1},000" for t in range(3)]
+    path.write_text(f"1\n{stamps[0]}\n\n2\n{stamps[1]}\nword\n \n3\n{stamps[2]}")
+    # The last line has no end.
+    assert read_subtitles(str(path)) == [(0, 1, ""), (1, 2, "word")]
+    path.write_text(path.read_text() + "\nend")
+    assert read_subtitles(str(path))[2] == (2, 3, "end")
+
+
 # ---- controls --------------------------------------------------------------------------------------
 def first_logits(policy, inputs):
     prompts = policy.embed([inputs])
@@ -769,7 +781,7 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(minis, tmp_path, capsys):
     path.write_text("\n".join([lines[0], lines[1], lines[2][:30]]))
     capsys.readouterr()
     again = evaluate_here(out, *options)
-    assert "2 of 4 expressions were already there" in capsys.readouterr().out
+    assert "2 of 4 questions were already there" in capsys.readouterr().out
     assert again["expressions"] == whole["expressions"]
     assert len(path.read_text().splitlines()) == 5
 
@@ -796,7 +808,7 @@ FAULTS = [
     ("avhbench", QA, put_at(0, "label", value="yes"), "neither Yes nor No"),
     ("avhbench", QA, put_at(0, "video_id", value="../x"), "leads out of its folder"),
     ("avhbench", QA, drop(0, "text"), "no 'text'"),
-    ("avhbench", QA, put_at(0, value=3), "no 'video_id'"),
+    ("avhbench", QA, put_at(0, value=3), "no 'task'"),
     ("mvbench", "json/action_count.json", put_at(0, "answer", value="Nobody"), "none of the options"),
     ("mvbench", "json/action_count.json", put_at(0, "candidates", value=["x"]), "list of 2 to 8"),
     ("mvbench", "json/action_count.json", put_at(0, "candidates", value=[3, 4]), "an option .* is a int"),
@@ -882,6 +894,76 @@ def test_a_question_that_cannot_be_asked_costs_itself_alone(copy, tmp_path, caps
     part = results["subsets"]["overall"]
     assert (part["skipped"], part["rows"], part["ours"]) == (3, 4, 0)
     assert "not asked: 3 of 4 questions" in capsys.readouterr().out
+
+
+def test_the_page_says_how_questions_were_asked_and_what_was_not(copy, tmp_path):
+    root = copy("daily_omni")
+    edit(root / "qa.json", lambda items: items[0].pop("Answer"))
+    options = ["--bench", "daily_omni", "--daily_omni_root", root, "--max_new_tokens", 2, "--workers", 0]
+    first = tmp_path / "first"
+    evaluate_here(first, *options)
+    evaluate_here(
+        tmp_path / "out", *options, "--sound", "false", "--limit", 3, "--against", against_of(first, 3))
+    page = (tmp_path / "out/report.html").read_text()
+    for words in ("1 skipped", "no &#x27;Answer&#x27; in", "sound false", "think true", "ours, difference",
+                  "never taught to answer", "partial: --limit 3, of 4 questions", "against ",
+                  "rows that were not asked leave"):
+        assert words in page, words
+
+
+def against_of(out, limit):
+    """results.json of an evaluation, of its first questions alone."""
+    report = json.loads((out / "results.json").read_text())
+    report["expressions"] = report["expressions"][:limit]
+    path = out / "some.json"
+    path.write_text(json.dumps(report))
+    return path
+
+
+def test_replies_to_other_questions_are_no_evaluation(minis, tmp_path, capsys):
+    path = tmp_path / "replies.json"
+    path.write_text(json.dumps({"mvbench/x/0": "B"}))
+    root = minis("daily_omni")
+    options = ["--bench", "daily_omni", "--daily_omni_root", root, "--predictions", path]
+    with pytest.raises(SystemExit):
+        evaluate_here(tmp_path / "out", *options)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == f"error: no reply to a question of daily_omni in {path}; its first is to mvbench/x/0"
+
+
+@pytest.mark.parametrize("bench, file", [("daily_omni", "qa.json"), ("videomme", "videomme/test.jsonl")])
+def test_what_was_not_asked_leaves_the_official_denominator(bench, file, copy, tmp_path):
+    """The tables say so. It makes no difference whether its media or its record cannot be used."""
+    root = copy(bench)
+    path = root / file
+    if not path.exists():
+        pytest.skip("the rows are a parquet file here")
+    text = path.read_text()
+    answer = "Answer" if bench == "daily_omni" else "answer"
+    path.write_text(text.replace(f'"{answer}"', '"none"', 1))
+    samples = samples_of(bench, root)
+    assert samples[0].broken
+    replies = {sample.name: f"<answer>{sample.solution}</answer>" for sample in samples[1:]}
+    part = scored(bench, root, tmp_path, replies)["subsets"]["overall"]
+    assert (part["official"], part["counted"], part["skipped"]) == (100, len(samples) - 1, 1)
+    assert part["ours"] == pytest.approx(100 * (len(samples) - 1) / len(samples))
+
+
+def test_a_broken_row_of_avhbench_counts_in_its_task(copy, tmp_path):
+    root = copy("avhbench")
+
+    def damage(items):
+        for item in items:
+            item.pop("text")
+        items[0].pop("task")
+        items[1].pop("video_id")
+
+    edit(root / "QA.json", damage)
+    parts = scored("avhbench", root, tmp_path, {}, "--split", "test,captions")["subsets"]
+    # A caption is no wrong yes or no, and the row without a task is in no part without a name.
+    assert set(parts) == {"overall", *avhbench.TASKS, avhbench.CAPTIONING}
+    assert (parts["overall"]["rows"], parts[avhbench.TASKS[0]]["rows"]) == (10, 3)
+    assert parts[avhbench.CAPTIONING]["skipped"] == 2
 
 
 def test_options_lose_their_letters():

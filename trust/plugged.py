@@ -63,21 +63,20 @@ def load_file(path: str):
 
 def check_boxes(answer, path) -> list[tuple]:
     """What the function of a file returned, as boxes. NoBoxes where it is something else."""
+    wanted = f"a list of at most {MOST_BOXES} (x1, y1, x2, y2)"
+    called = f"boxes() of {path}"
     boxes = []
-    try:
-        for box in answer:
+    for box in items_of(answer, called, wanted):
+        try:
             # Of text, each letter would be a number.
             if isinstance(box, (str, bytes)):
                 raise TypeError("text")
             x1, y1, x2, y2 = map(float, box)
             if not (-math.inf < x1 <= x2 < math.inf and -math.inf < y1 <= y2 < math.inf):
                 raise ValueError("no box")
-            boxes.append((x1, y1, x2, y2))
-            if len(boxes) > MOST_BOXES:
-                raise ValueError("too many")
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        wanted = f"a list of at most {MOST_BOXES} (x1, y1, x2, y2)"
-        raise NoBoxes(f"boxes() of {path} returned {shown(answer)}, not {wanted}") from None
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise refusal(called, answer, wanted) from None
+        boxes.append((x1, y1, x2, y2))
     return boxes
 
 
@@ -89,21 +88,36 @@ def check_masks(answer, size: tuple, path) -> list:
     """
     # numpy and torch take long to import, and options are read before.
     from trust.masks import Mask, bool_array
+    wanted = f"a list of at most {MOST_BOXES} bool arrays [{size[1]}, {size[0]}]"
+    called = f"masks() of {path}"
     masks = []
-    wrong = answer
-    try:
-        for count, item in enumerate(answer):
-            if count == MOST_BOXES:
-                wrong = answer
-                raise ValueError("too many")
-            wrong = item
+    for item in items_of(answer, called, wanted):
+        try:
             pixels = bool_array(item, (size[1], size[0]))
-            if pixels.any():
-                masks.append(Mask.of(pixels))
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        wanted = f"a list of at most {MOST_BOXES} bool arrays [{size[1]}, {size[0]}]"
-        raise NoBoxes(f"masks() of {path} returned {shown(wrong)}, not {wanted}") from None
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            raise refusal(called, item, wanted) from None
+        if pixels.any():
+            masks.append(Mask.of(pixels))
     return masks
+
+
+def items_of(answer, called: str, wanted: str):
+    """Yields what a function returned. NoBoxes where it is no list, or too long a one.
+
+    It may be a generator of the file, whose own errors pass unchanged, too.
+    """
+    try:
+        items = iter(answer)
+    except TypeError:
+        raise refusal(called, answer, wanted) from None
+    for count, item in enumerate(items):
+        if count == MOST_BOXES:
+            raise refusal(called, answer, wanted)
+        yield item
+
+
+def refusal(called: str, value, wanted: str) -> NoBoxes:
+    return NoBoxes(f"{called} returned {shown(value)}, not {wanted}")
 
 
 def shown(value) -> str:
