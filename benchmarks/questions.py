@@ -9,18 +9,14 @@ tracked: neither System 2 nor SAM2 is loaded.
 
 Letters: T frames.
 """
-import gc
 import math
 import os
 import re
-import resource
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from multiprocessing import parent_process
 
 import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -50,7 +46,7 @@ from data import (
 from trust.errors import BadInput, one_line
 from trust.files import check_file, check_name
 from trust.options import MOST_FRAMES
-from trust.program import end_with_parent
+from trust.workers import begin_reading, no_room, prepare_to_fork, share
 
 YES_NO = "nothing but yes or no"
 SENTENCE = "one sentence"
@@ -300,7 +296,7 @@ class Prepared:
 
 @dataclass
 class Preparation:
-    """Item k is Prepared of the k-th group of questions that share their media."""
+    """Item k is Prepared of the k-th group of questions that share their media, or why there is no room."""
     processor: Processor
     samples: list
     groups: list      # lists of numbers of samples
@@ -327,7 +323,8 @@ class Preparation:
         except (OSError, ValueError) as error:
             problem = str(error).removeprefix(f"{samples[0].name}: ")
             return Prepared(numbers, [None] * len(numbers), problem)
-        return Prepared(numbers, inputs)
+        tensors = [value for own in inputs for value in vars(own).values()]
+        return share(tensors) or Prepared(numbers, inputs)
 
 
 def group_questions(samples: list[Question], most: int = 8) -> list[list]:
@@ -353,13 +350,8 @@ def prepare(processor: Processor, samples: list, options) -> Iterator[Prepared]:
     if options.workers:
         ahead = 4
         context = "fork"
-    # A tokenizer that has used threads warns when its process forks.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     items = Preparation(processor, samples, group_questions(samples), options)
-    # A tensor in shared memory holds a file descriptor.
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    gc.collect()
+    prepare_to_fork()
     loader = iter(DataLoader(
         items, batch_size=None, num_workers=options.workers, prefetch_factor=ahead,
         worker_init_fn=begin_worker, multiprocessing_context=context))
@@ -371,13 +363,13 @@ def prepare(processor: Processor, samples: list, options) -> Iterator[Prepared]:
                 raise
             raise BadInput(f"a worker that reads media has died ({one_line(error)}); "
                            f"the same command goes on where it was") from None
+        if isinstance(item, str):
+            raise no_room(item)
         yield item
 
 
 def begin_worker(_) -> None:
-    gc.freeze()
-    torch.set_num_threads(1)
-    end_with_parent(parent_process().pid)
+    begin_reading()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -5,29 +5,26 @@
 
 Everything follows from the run's seed and a clip's number in the run, whatever the number of processes.
 """
-import gc
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from multiprocessing import active_children, parent_process
+from multiprocessing import active_children
 from multiprocessing.connection import wait
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from benchmarks import dataset_root, find_benchmark, open_split, trained_entries
 from benchmarks.samples import Benchmark, Sample, load
 from data import Clip, Frames, Processor, prompt_inputs
 from trust.errors import BadInput, one_line
 from trust.options import MOST_FRAMES
-from trust.program import end_with_parent
+from trust.workers import begin_reading, no_room, prepare_to_fork, share
 
 # Samples with more objects are left out: without some of them a right answer would count as wrong.
 MOST_OBJECTS = 3
@@ -134,21 +131,16 @@ def to_shared_memory(item: tuple) -> tuple | str:
     pictures = [np.asarray(clip.frames[t]) for t in range(len(clip.frames))]
     frames = Frames(Pixels(torch.from_numpy(np.stack(pictures))), range(len(pictures)))
     masks = None if clip.masks is None else torch.from_numpy(np.ascontiguousarray(clip.masks))
-    if get_worker_info() is not None:
-        try:
-            for tensor in (frames.read.tensor, masks, *vars(inputs).values()):
-                if isinstance(tensor, torch.Tensor):
-                    tensor.share_memory_()
-        except RuntimeError as error:
-            # Later, in the thread that sends it, the item would get lost.
-            return one_line(error)
+    problem = share([frames.read.tensor, masks, *vars(inputs).values()])
+    if problem:
+        return problem
     return replace(clip, frames=frames, masks=masks), inputs, seed
 
 
 def from_shared_memory(item: tuple | str) -> tuple:
     """The item with masks as numpy arrays again; nothing is copied. BadInput where the worker had no room."""
     if isinstance(item, str):
-        raise BadInput(f"no room in shared memory, /dev/shm ({item}); with Docker: --ipc=host, or --shm-size")
+        raise no_room(item)
     clip, inputs, seed = item
     if clip.masks is not None:
         clip = replace(clip, masks=clip.masks.numpy())
@@ -262,14 +254,7 @@ def sample_loader(
         ahead = max(2, -(-size // world // settings.workers))
         # Python 3.14 would start workers in another way, with a copy of all samples in each.
         context = "fork"
-    # A tokenizer that has used threads warns when its process forks.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A tensor in shared memory holds a file descriptor, and so do the clips that wait here.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Some systems know limits that cannot be set.
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    gc.collect()
+    prepare_to_fork()
     return DataLoader(TrainingItems(sources, processor, settings), sampler=places, batch_size=None,
                       collate_fn=to_shared_memory, num_workers=settings.workers, prefetch_factor=ahead,
                       worker_init_fn=begin_worker, multiprocessing_context=context)
@@ -277,10 +262,7 @@ def sample_loader(
 
 def begin_worker(_) -> None:
     """Makes a forked process fit to read clips."""
-    # The parent's objects are never freed here: to free some of them waits for threads that a fork lacks.
-    gc.freeze()
-    torch.set_num_threads(1)
-    end_with_parent(parent_process().pid)
+    begin_reading()
     # torchrun's SIGTERM and Ctrl-C go to a whole process group, but the running step still needs clips.
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -752,6 +752,17 @@ def test_workers_prepare_what_this_process_would(workers, minis):
             torch.testing.assert_close(inputs.mel, expected.mel, rtol=0, atol=1e-6)
 
 
+def test_full_shared_memory_ends_in_one_line(minis, monkeypatch):
+    def share_memory(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory)
+    samples = samples_of("videomme", minis("videomme"))
+    options = SimpleNamespace(frames=6, sound=True, think=True, subtitles=False, workers=1)
+    with pytest.raises(BadInput, match="no room in shared memory, /dev/shm .*unable to allocate"):
+        list(prepare(Processor(TOY_POLICY), samples, options))
+
+
 def test_a_worker_that_dies_is_told_in_one_line(minis, monkeypatch, child_handler):
     samples = samples_of("videomme", minis("videomme"))
     options = SimpleNamespace(frames=6, sound=True, think=True, subtitles=False, workers=1)
