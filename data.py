@@ -3,8 +3,8 @@
     Clip -> prompt_inputs -> Inputs -> System 1 -> text -> frames_to_ground -> {frame: description}
     (picture, description) -> grounding_prompt -> Inputs -> System 2 -> text -> parse_boxes -> boxes
 
-`benchmarks/` says where clips come from. A task is one kind of question to System 1. Its prompt stands here,
-beside the reading of its answer; its reward stands in rewards.py.
+`benchmarks/` says where clips come from. A task is one kind of question to System 1, or to System 2. Its
+prompt stands here, beside the reading of its answer; its reward stands in rewards.py.
 
 Letters: T frames, O objects, H W pixels, P prompt tokens, N patches, M images or videos, p side of a patch in
 pixels.
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from trust.errors import BadInput, reading
 from trust.files import read_json
 from trust.options import MOST_FRAMES
+from trust.plugged import inside_picture
 from trust.policy import (
     check_fit,
     check_prompts,
@@ -396,51 +397,7 @@ def show_question(processor: "Processor", clip: Clip, prompt: list[dict]) -> "In
     return show(processor, clip, prompt)
 
 
-# ---- the tasks -------------------------------------------------------------------------------------
-def no_boxes(clip: Clip, text: str) -> list[Box]:
-    return []
-
-
-@dataclass(frozen=True)
-class Task:
-    """One kind of question to System 1. A new one is an entry of TASKS and a branch of `reward_terms`."""
-    prompt: Callable                  # (clip, rng) -> messages
-    show: Callable                    # (processor, clip, messages) -> Inputs: what is seen and heard
-    to_ground: Callable               # (clip, text) -> {frame: description} that System 2 has to find
-    own_boxes: Callable = no_boxes    # (clip, text) -> boxes that System 1 draws, in its picture's pixels
-    tracked: bool = False             # whether the reward looks at SAM2's masks
-
-
-TASKS = {
-    "vos": Task(keyframe_prompt, show_video, ground_keyframes, tracked=True),
-    "avs": Task(first_frame_prompt, show_first_frame, ground_first_frame),
-    "image": Task(picture_prompt, show_picture, ground_nothing, own_boxes=picture_box),
-    "qa": Task(question_prompt, show_question, ground_nothing),
-}
-
-
-def prompt(clip: Clip, rng=None) -> list[dict]:
-    """Messages of System 1's prompt for a clip's task; `rng` as in keyframe_prompt."""
-    return TASKS[clip.task].prompt(clip, rng)
-
-
-def prompt_inputs(processor: "Processor", clip: Clip, rng=None) -> "Inputs":
-    """Inputs of System 1's prompt for a clip's task."""
-    show = clip.truth.get("show", TASKS[clip.task].show)
-    return show(processor, clip, prompt(clip, rng))
-
-
-def frames_to_ground(clip: Clip, text: str) -> dict[int, str]:
-    """{frame: description} of one completion: what System 2 has to find."""
-    return TASKS[clip.task].to_ground(clip, text)
-
-
-def own_boxes(clip: Clip, text: str) -> list[Box]:
-    """Boxes that System 1 draws itself on frame 0, in pixels of the resized picture it sees."""
-    return TASKS[clip.task].own_boxes(clip, text)
-
-
-# ---- System 2: boxes in one picture ----------------------------------------------------------------
+# ---- task "grounding": System 2, boxes in one picture ----------------------------------------------
 GROUNDING_TASK = (
     "Task: find in this picture: {query}\n",
     'Answer with a JSON list that holds {{"bbox_2d": [x1, y1, x2, y2]}} for every such object, in pixels of '
@@ -470,6 +427,66 @@ def parse_boxes(text: str, most: int = 16) -> list[Box]:
         if box:
             boxes.append(box)
     return boxes[:most]
+
+
+def to_source(box: Box, scale: tuple, size: tuple) -> Box:
+    """A box in pixels of a resized picture -> source pixels, inside the (H, W) picture.
+
+    scale: source pixels per pixel of the resized picture, (x, y).
+    """
+    height, width = size
+    source = [value * s for value, s in zip(box, scale * 2)]
+    return inside_picture(source, (width, height))
+
+
+def request_prompt(clip: Clip, rng=None) -> list[dict]:
+    """Messages that show the policy what System 2 would be shown. The clip is one picture, described."""
+    return grounding_prompt(clip.query)
+
+
+# ---- the tasks -------------------------------------------------------------------------------------
+def no_boxes(clip: Clip, text: str) -> list[Box]:
+    return []
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of question to the policy. A new one is an entry of TASKS and a branch of `reward_terms`."""
+    prompt: Callable                  # (clip, rng) -> messages
+    show: Callable                    # (processor, clip, messages) -> Inputs: what is seen and heard
+    to_ground: Callable               # (clip, text) -> {frame: description} that System 2 has to find
+    own_boxes: Callable = no_boxes    # (clip, text) -> boxes that System 1 draws, in its picture's pixels
+    tracked: bool = False             # whether the reward looks at SAM2's masks
+
+
+TASKS = {
+    "vos": Task(keyframe_prompt, show_video, ground_keyframes, tracked=True),
+    "avs": Task(first_frame_prompt, show_first_frame, ground_first_frame),
+    "image": Task(picture_prompt, show_picture, ground_nothing, own_boxes=picture_box),
+    "qa": Task(question_prompt, show_question, ground_nothing),
+    "grounding": Task(request_prompt, show_picture, ground_nothing),
+}
+
+
+def prompt(clip: Clip, rng=None) -> list[dict]:
+    """Messages of System 1's prompt for a clip's task; `rng` as in keyframe_prompt."""
+    return TASKS[clip.task].prompt(clip, rng)
+
+
+def prompt_inputs(processor: "Processor", clip: Clip, rng=None) -> "Inputs":
+    """Inputs of System 1's prompt for a clip's task."""
+    show = clip.truth.get("show", TASKS[clip.task].show)
+    return show(processor, clip, prompt(clip, rng))
+
+
+def frames_to_ground(clip: Clip, text: str) -> dict[int, str]:
+    """{frame: description} of one completion: what System 2 has to find."""
+    return TASKS[clip.task].to_ground(clip, text)
+
+
+def own_boxes(clip: Clip, text: str) -> list[Box]:
+    """Boxes that System 1 draws itself on frame 0, in pixels of the resized picture it sees."""
+    return TASKS[clip.task].own_boxes(clip, text)
 
 
 # ---- Processor: messages and media -> Inputs -------------------------------------------------------

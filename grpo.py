@@ -14,7 +14,7 @@ What differs from the published recipe (arXiv 2505.20256, appendix), and why:
   all processes must take part in every step.
 * Settings offer variants: the mean over all tokens, clip-higher, and no groups of equal rewards (DAPO, arXiv
   2503.14476); no std, and a constant length (Dr. GRPO, arXiv 2503.20783); one ratio for each sequence (GSPO,
-  arXiv 2507.18071).
+  arXiv 2507.18071). And a second turn, in which the policy also learns to ground (ReVSeg, arXiv 2512.02835).
 
 The step, numbered as in the README. `collect` does 2 to 7, `accumulate_gradients` does 8:
 
@@ -27,17 +27,17 @@ Letters: B clips, G completions of a group, C tokens of the longest completion, 
 """
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data import TASKS, Clip, Inputs, Processor, frames_to_ground
+from data import TASKS, Clip, Inputs, Processor, frames_to_ground, prompt_inputs
 from model import Prompt, Thinker
 from rewards import reward_terms, total_rewards
-from segment import System2, Tracker, ground, track_similarity
+from segment import GROUNDING_TOKENS, System2, Tracker, ground, track_similarity
 
 
 # ---- the algorithm: advantages, divergence, loss ---------------------------------------------------
@@ -186,12 +186,15 @@ class Group:
     rewards: np.ndarray              # (G,)
     advantages: Tensor               # (G,)
     reference_logp: Tensor | None    # (G, C); None at beta 0
+    longest: int                     # most tokens that a completion may have
     # For people to look at; the loss needs none of it.
-    clip: Clip | None                # None once it was looked at
+    clip: Clip | None                # None once it was looked at, or where nobody will
     boxes: list[dict]                # G dicts {frame: boxes in source pixels}
     seed: int                        # of the rollout
     fault: str = ""                  # why the clip could not be read; then nothing of the group counts
     old_logp: Tensor | None = None   # (G, C) at rollout; set when the batch is used more than once
+    weight: float = 1.0              # of its loss
+    second: "Group | None" = None    # of the second turn, if there is one
 
     @property
     def size(self) -> tuple[int, int]:
@@ -261,7 +264,7 @@ def collect(systems: Systems, clips: list[Clip], inputs: list[Inputs], seeds: li
     watch.begin("grounding")
     chosen = read_keyframes(clips, texts)
 
-    # 4. System 2 grounds them. The reference is awake only once in a step, so it also gives its
+    # 4. System 2 grounds them. The reference is awake only once in a turn, so it also gives its
     # log-probabilities of the completions here.
     reference_logp = [None] * len(clips)
     with systems.reference_awake():
@@ -284,9 +287,57 @@ def collect(systems: Systems, clips: list[Clip], inputs: list[Inputs], seeds: li
         rewards = total_rewards(terms[i], lengths.tolist(), settings)
         advantages = group_advantages(rewards, settings.group, scale=settings.scale_by_std)
         groups.append(Group(prompts[i], completions[i], mask, texts[i], terms[i], rewards, advantages,
-                            reference_logp[i], clip, boxes[i], seeds[i], clip.fault))
+                            reference_logp[i], settings.max_new_tokens, clip, boxes[i], seeds[i],
+                            clip.fault))
     watch.end()
+    if settings.ground_weight and TASKS[clips[0].task].tracked:
+        collect_grounding(systems, groups, chosen, settings, watch)
     return groups
+
+
+def collect_grounding(systems: Systems, groups: list[Group], chosen, settings, watch):
+    """The second turn: the policy itself answers one request of each group. Its answers are a group, too.
+
+    These are steps 2 to 7 once more, for a picture and a description. chosen: as read_keyframes gives it.
+    """
+    clips = [draw_request(group, requests) for group, requests in zip(groups, chosen)]
+    inputs = [prompt_inputs(systems.processor, clip) for clip in clips]
+    # Other random numbers than the first turn's.
+    seeds = [group.seed + 1 for group in groups]
+    settings = replace(settings, max_new_tokens=GROUNDING_TOKENS)
+    answers = collect(systems, clips, inputs, seeds, settings, watch)
+    for group, second in zip(groups, answers):
+        second.weight = settings.ground_weight
+        # Nobody looks at it, and it would keep the whole clip in memory.
+        second.clip = None
+        group.second = second
+
+
+def draw_request(group: Group, chosen: list[dict]) -> Clip:
+    """One of the distinct (frame, description) that a group asks System 2 for, as a clip of that frame.
+
+    Where it asks for nothing: frame 0, and the query itself.
+    """
+    clip = group.clip
+    requests = sorted(set().union(*map(dict.items, chosen))) or [(0, clip.query)]
+    t, description = requests[np.random.default_rng(group.seed).integers(len(requests))]
+    return replace(clip, frames=clip.frames.pick([t]), masks=clip.masks[:, [t]], query=description,
+                   task="grounding", truth={})
+
+
+def turns_of(groups: list[Group]) -> list[list[Group]]:
+    """The groups of each turn. All clips of a step have the same task, and so as many turns."""
+    second = [group.second for group in groups if group.second]
+    return [groups, second] if second else [groups]
+
+
+def remember_policy(systems: Systems, groups: list[Group], settings):
+    """Sets old_logp of the groups of all turns, before updates on parts of them move the policy."""
+    with torch.no_grad():
+        for turn in turns_of(groups):
+            for group in turn:
+                group.old_logp, _ = systems.policy.logprobs(
+                    group.prompt, group.completions, settings.temperature)
 
 
 def left_out(group: Group, settings) -> bool:
@@ -305,15 +356,11 @@ def accumulate_gradients(
     settings,
     totals: tuple[float, float],
     scale: float,
-    first: bool,
-    keep: bool,
 ) -> dict[str, Tensor]:
     """Step 8 for one group: its share of the batch's loss, and the backward pass. Returns sums for the log.
 
-    totals  (completions, tokens) of the whole batch over all processes.
+    totals  (completions, tokens) of the whole batch in this turn, over all processes.
     scale   factor on the loss: the number of processes, because their gradients are averaged, not added.
-    first   whether this is the first update on the batch.
-    keep    whether more updates follow. Their ratios need the log-probabilities of the first.
     """
     device = group.prompt.ids.device
     mask = group.mask.to(device)
@@ -322,12 +369,13 @@ def accumulate_gradients(
     loss, sums = policy_loss(
         logp, group.advantages.to(device), mask, group.old_logp, group.reference_logp,
         beta=settings.beta, kl=settings.kl, clip_low=settings.clip_low, clip_high=settings.clip_high,
-        ratio=settings.ratio, average=settings.average, longest=settings.max_new_tokens, totals=totals)
+        ratio=settings.ratio, average=settings.average, longest=group.longest, totals=totals)
     if left_out(group, settings):
         # The backward pass still runs, so that all processes run the same collectives.
         loss = loss.nan_to_num() * 0.0
-    (loss * scale).backward()
-    if first and keep:
+    (loss * (scale * group.weight)).backward()
+    # The ratios of later updates need it.
+    if settings.updates > 1 and group.old_logp is None:
         group.old_logp = logp.detach()
     sums |= dict(loss=loss.detach(), entropy=(entropy * mask).sum(), tokens=mask.sum())
     if group.fault:

@@ -32,9 +32,11 @@ from data import (
     is_null,
     keyframes,
     parse_box,
+    parse_boxes,
     parse_json,
     parse_moments,
     parse_numbers,
+    to_source,
 )
 from trust.masks import mask_box
 
@@ -45,6 +47,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 TERMS = (
     "base",
     "number", "length", "overlap",
+    "single",
     "saliency",
     "alignment", "mismatch",
     "consistency",
@@ -147,18 +150,19 @@ def vos_rewards(
     if not frames:
         return terms
     chosen = {frame: boxes.get(frame, []) for frame in frames}
-    any_box = any(chosen.values())
     terms["number"] = number_term(moments)
+    terms["single"] = number_term(moments, 1)
     if null:
         # Keyframes of nothing must not earn more than the answer null.
         terms["number"] = min(terms["number"], 0.0)
+        terms["single"] = min(terms["single"], 0.0)
     terms["length"] = length_term(moments)
     terms["overlap"] = overlap_term(moments)
     terms["saliency"] = saliency_term(masks, frames)
     terms["alignment"] = alignment_term(masks, chosen)
     allowed = 0 if null else objects
     terms["mismatch"] = mismatch_term(chosen, allowed, objects)
-    terms["consistency"] = consistency_term(masks, similarity, any_box)
+    terms["consistency"] = consistency_term(masks, similarity, any(chosen.values()))
     return terms
 
 
@@ -198,12 +202,12 @@ def frame_counts(moments: list[Moment]) -> tuple[list[int], int]:
     return sizes, len(distinct)
 
 
-def number_term(moments: list[Moment]) -> float:
-    """R_K: 0.4 U up to K_0 = KEYFRAMES distinct frames, beyond them 0.4 (2 K_0 - 1 - U): best at K_0."""
+def number_term(moments: list[Moment], best: int = KEYFRAMES) -> float:
+    """R_K: 0.4 U up to K_0 = `best` distinct frames, beyond them 0.4 (2 K_0 - 1 - U)."""
     _, U = frame_counts(moments)
-    if U <= KEYFRAMES:
+    if U <= best:
         return 0.4 * U
-    return 0.4 * (2 * KEYFRAMES - 1 - U)
+    return 0.4 * (2 * best - 1 - U)
 
 
 def length_term(moments: list[Moment]) -> float:
@@ -328,6 +332,24 @@ def pair_distance(points, true_points) -> float:
     crossed = np.subtract(points, true_points[::-1])
     distances = np.linalg.norm([straight, crossed], axis=-1)    # [way round, point]
     return distances.mean(-1).min()
+
+
+# ---- task "grounding": System 2's answer about one picture -----------------------------------------
+def grounding_rewards(answer: str, boxes: list[Box], masks: np.ndarray) -> Terms:
+    """Terms of one answer about frame 0 of `masks`, bool [O, T, H, W]. boxes: those in it, in source pixels.
+
+    format           1 if it can be read: boxes, or null
+    iou, mismatch    R_A on this frame alone
+    null             in place of these where no object is visible: 1 for the answer null, else 0
+    """
+    null = is_null(answer)
+    terms = dict(format=float(null or bool(boxes)))
+    if not masks[:, 0].any():
+        return terms | dict(null=float(null))
+    objects = len(masks)
+    terms["iou"] = alignment_term(masks, {0: boxes})
+    terms["mismatch"] = mismatch_term({0: boxes}, objects, objects)
+    return terms
 
 
 # ---- task "qa": questions of Video-R1 --------------------------------------------------------------
@@ -480,9 +502,14 @@ def reward_terms(
         accuracy = question_reward(truth["type"], text, truth["solution"])
         terms = dict(accuracy=accuracy)
         readable = bool(answer)
+    elif clip.task == "grounding":
+        own = [to_source(box, scale, clip.size) for box in parse_boxes(text)]
+        terms = grounding_rewards(text, own, clip.masks)
+        readable = terms["format"]
     else:
         raise ValueError(f"unknown task: {clip.task}")
-    terms["format"] = format_reward(text)
+    # System 2 does not reason, and its answer has another form.
+    terms.setdefault("format", format_reward(text))
     terms["malformed"] = float(not readable)
     return terms
 

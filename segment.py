@@ -28,7 +28,7 @@ from trust.options import (
     check_system2,
     reference_folder,
 )
-from trust.plugged import inside_picture, plugged
+from trust.plugged import plugged
 from trust.program import begin_program, tell
 
 
@@ -87,6 +87,7 @@ from data import (
     parse_boxes,
     plain,
     prompt_inputs,
+    to_source,
 )
 from model import Thinker
 from rewards import overlap
@@ -94,6 +95,9 @@ from trust.masks import Mask, square_masks
 from trust.sam2_config import build_sam2, find_config
 from trust.weights import load_weights
 
+
+# Most tokens of System 2's answer.
+GROUNDING_TOKENS = 128
 
 # Pictures at source size and descriptions, one each -> boxes or Masks in source pixels of each picture.
 System2 = Callable[[list[Image.Image], list[str]], list[list[Box]]]
@@ -131,7 +135,11 @@ def ground(system2: System2, clips: list[Clip], chosen: list) -> list:
     return grounded
 
 
-def thinker_system2(thinker: Thinker, processor: Processor, max_new_tokens: int = 128) -> System2:
+def thinker_system2(
+    thinker: Thinker,
+    processor: Processor,
+    max_new_tokens: int = GROUNDING_TOKENS,
+) -> System2:
     """System 2 by a Thinker. It writes the boxes as text, greedily, for all requests in one batch.
 
     If several requests share a picture object, that is encoded once.
@@ -153,16 +161,6 @@ def thinker_system2(thinker: Thinker, processor: Processor, max_new_tokens: int 
             boxes.append([to_source(box, x.scale, size) for box in parsed])
         return boxes
     return find_boxes
-
-
-def to_source(box: Box, scale: tuple, size: tuple) -> Box:
-    """A box in pixels of a resized picture -> source pixels, inside the (H, W) picture.
-
-    scale: source pixels per pixel of the resized picture, (x, y).
-    """
-    height, width = size
-    source = [value * s for value, s in zip(box, scale * 2)]
-    return inside_picture(source, (width, height))
 
 
 def load_system2(

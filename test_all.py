@@ -28,7 +28,7 @@ from benchmarks.toy import toy_clip
 from data import answer_text, keyframes, parse_boxes, parse_moments, prompt, prompt_inputs
 from grpo import collect, group_advantages, kl_divergence, policy_loss
 from model import Thinker
-from rewards import TERMS, combine, reward_terms, vos_rewards
+from rewards import TERMS, combine, reward_terms, total_rewards, vos_rewards
 from run.draw import read_any, training_sources
 from run.log import Watch
 from run.plan import memory_plan
@@ -187,12 +187,12 @@ def test_every_frame_is_encoded_once(systems, monkeypatch):
 
 
 def test_the_rewards_are_those_of_the_readme():
-    """ "**Rewards**: format, base, number, length, overlap, saliency, alignment, mismatch, consistency; then
-    one number" """
+    """ "**Rewards**: format, base, number, length, overlap, single, saliency, alignment, mismatch,
+    consistency; then one number" """
     clip = toy_clip("train", 3)
     terms = reward_terms(clip, (1.0, 1.0), "<think>x</think><answer>null</answer>", {}, None)
-    assert ("format", *TERMS) == ("format", "base", "number", "length", "overlap", "saliency", "alignment",
-                                  "mismatch", "consistency")
+    assert ("format", *TERMS) == ("format", "base", "number", "length", "overlap", "single", "saliency",
+                                  "alignment", "mismatch", "consistency")
     assert set(terms) == {"format", "malformed", *TERMS}
 
 
@@ -392,6 +392,21 @@ def test_system2_is_a_file_with_one_function(tmp_path, monkeypatch):
     segment_program.main(["--device", "cpu", "--index", "2", "--system2", detector, "--out", out])
     frames = json.loads((tmp_path / "s/answer.json").read_text())["keyframes"]
     assert all(frame["boxes"] == [[0, 0, 127, 64]] for frame in frames)
+
+
+def test_an_answer_of_the_second_turn_earns_its_form_and_its_boxes():
+    """ "An answer earns 1 if it can be read (boxes, or `null`), and R_A on that frame, which is the matched
+    IoU less surplus boxes; where the target is not on the frame, 1 for `null` and 0 for a box." """
+    masks = square_masks(T=1)
+    frame = Image.new("RGB", (20, 20))
+    shown = data.Clip("", data.Frames(lambda t: frame, [0]), "a dog", masks=masks, task="grounding")
+    hidden = replace(shown, masks=~masks & masks)
+    box = '{"bbox_2d": [5, 5, 9, 9]}'
+    for clip, text, expected in (
+            (shown, box, 2), (shown, f"[{box}, {box}]", 1.5), (shown, "null", 1), (shown, "a dog", 0),
+            (hidden, "null", 2), (hidden, box, 1), (hidden, "a dog", 0)):
+        terms = reward_terms(clip, (1.0, 1.0), text, {}, None)
+        assert total_rewards([terms], [9], settings_of()) == [expected]
 
 
 def test_a_sample_with_a_sound_gives_a_clip_with_a_sound(minis):

@@ -99,7 +99,8 @@ class Settings:
     steps: int = setting(1000, "steps; each rolls out a batch and updates once", least=1, resumable=True)
     batch: int = setting(8, "prompts rolled out at once, over all processes", least=1, most=65_536)
     accumulate: int = setting(1, "rollouts whose gradients add up to one step", least=1, most=65_536)
-    updates: int = setting(1, "optimizer steps on a batch; with 1, no ratio is clipped", least=1, most=1000)
+    updates: int = setting(1, "passes over a batch; with 1, no ratio is clipped", least=1, most=1000)
+    parts: int = setting(1, "of a batch, an optimizer step on each (GSPO: 4)", least=1, most=65_536)
     lr: float = setting(1e-6, "peak learning rate of AdamW", least=0)
     warmup: int = setting(10, "steps of linear warm-up, before a cosine down to 0", least=0)
     weight_decay: float = setting(0.01, "of AdamW", least=0)
@@ -123,7 +124,12 @@ class Settings:
     top_k: int = setting(0, "likeliest tokens sampled from; 0: all", least=0)
     # Rewards (paper, section 3). A setting with the name of a reward term is its weight
     keyframe: float = setting(1.0, "a_k, weight of the number, length and overlap of keyframes")
-    saliency: float = setting(0.0, "a_kr, weight of how large the target is on keyframes (first release: 1)")
+    single: float = setting(0.0, "weight of a number of keyframes that is best at 1 (with --keyframe 0)")
+    saliency: float = setting(
+        0.0,
+        "a_kr, weight of how large the target is on keyframes, as a share of its largest in the clip: a soft "
+        "reward for keyframes (first release: 1)",
+    )
     alignment: float = setting(1.0, "a_a, weight of System 2's boxes against the true ones")
     consistency: float = setting(2.0, "a_g, weight of SAM2's masks against the true ones (first release: 0)")
     clip_reward: bool = setting(False, "whether the sum of the terms beside base is at least 0")
@@ -145,6 +151,12 @@ class Settings:
     )
     scale_by_std: bool = setting(True, "whether advantages are divided by the group's std (Dr. GRPO: no)")
     skip_equal: bool = setting(False, "whether groups whose rewards are all equal drop out of the loss")
+    ground_weight: float = setting(
+        0.0,
+        "weight in the loss of a second turn on videos: the policy itself answers one of a group's requests "
+        "to System 2, in a group of its own; 0, as published: only System 1's part is trained",
+        least=0,
+    )
     # Machine
     device: str = setting(
         "auto",
@@ -234,7 +246,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import Processor
-from grpo import Systems, accumulate_gradients, collect, left_out
+from grpo import Systems, accumulate_gradients, collect, left_out, remember_policy, turns_of
 from model import Thinker, adapters_off, add_adapters
 from run.checkpoint import (
     check_place,
@@ -245,7 +257,6 @@ from run.checkpoint import (
     save,
 )
 from run.draw import (
-    epoch_length,
     from_shared_memory,
     hold_out,
     sample_loader,
@@ -253,7 +264,7 @@ from run.draw import (
     training_sources,
 )
 from run.guard import guard
-from run.log import Watch, identity, patient_output, start_log, step_metrics, throughput
+from run.log import Watch, identity, patient_output, print_start, start_log, step_metrics, throughput
 from run.plan import print_plan
 from run.processes import (
     gathered,
@@ -361,6 +372,9 @@ def find_start(out, settings, rank, world):
     """(newest checkpoint or None, its run.json). Raises BadInput before an earlier run would be lost."""
     if settings.batch % world:
         raise BadInput(f"--batch {settings.batch} cannot be shared by {world} processes; take a multiple")
+    own = settings.batch // world * settings.accumulate
+    if own % settings.parts:
+        raise BadInput(f"--parts {settings.parts}: the {own} prompts of a process cannot be shared by them")
     check_place(out, settings)
     checkpoint, earlier = find_checkpoint(out, settings)
     # No process writes before all have looked.
@@ -369,13 +383,6 @@ def find_start(out, settings, rank, world):
         print(f"{out} is finished: {earlier['step']} steps. To go on, a larger --steps; to begin anew, "
               f"--overwrite true")
     return checkpoint, earlier
-
-
-def print_start(sources, settings, checkpoint, start, world):
-    if checkpoint:
-        print(f"continues at step {start} from {checkpoint}")
-    print(f"an epoch: {epoch_length(sources, settings.batch * settings.accumulate)} steps")
-    print_plan(settings, [world])
 
 
 # ---- models and optimizer --------------------------------------------------------------------------
@@ -461,18 +468,16 @@ def collect_batch(systems, samples, settings, watch) -> list:
 
 
 def update(step, systems, optimizer, groups, settings, watch) -> dict:
-    """Step 8: `updates` optimizer steps on a batch -> the step's line of the log."""
+    """Step 8: `updates` passes over the `parts` of a batch -> the step's line of the log."""
     watch.begin("update")
     device = systems.policy.device
-    totals = batch_totals(groups, settings, device)
+    parts = [groups[first::settings.parts] for first in range(settings.parts)]
+    if settings.parts > 1:
+        # Before the first part moves the policy.
+        remember_policy(systems, groups, settings)
     skipped = 0
-    for number in range(settings.updates):
-        sums = {}
-        for group in groups:
-            part = accumulate_gradients(systems, group, settings, totals, scale=dist.get_world_size(),
-                                        first=number == 0, keep=settings.updates > 1)
-            for name, value in part.items():
-                sums[name] = sums.get(name, 0.0) + value
+    for part in parts * settings.updates:
+        sums = [add_gradients(systems, turn, settings, device) for turn in turns_of(part)]
         norm = clip_gradients(systems.policy, settings)
         # The norm is the same on every process.
         if math.isfinite(norm):
@@ -480,10 +485,21 @@ def update(step, systems, optimizer, groups, settings, watch) -> dict:
         else:
             skipped += 1
         optimizer.zero_grad()
-    sums = sums_over_processes(sums, device)
+    sums = [sums_over_processes(part, device) for part in sums]
     watch.end()
     row = step_metrics(step, groups, sums, norm, skipped, watch, optimizer, device)
     return row | dict(speed=throughput(groups, watch.seconds, systems, settings, device))
+
+
+def add_gradients(systems, groups, settings, device) -> dict:
+    """Adds the gradients of one turn's groups. Returns sums for the log."""
+    totals = batch_totals(groups, settings, device)
+    sums = {}
+    for group in groups:
+        part = accumulate_gradients(systems, group, settings, totals, scale=dist.get_world_size())
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
 
 
 def batch_totals(groups, settings, device) -> tuple[float, float]:

@@ -22,6 +22,7 @@ GROUPS |= dict.fromkeys(("tokens", "memory_gb", "broken", "malformed"), "perf")
 MEANINGS = {
     "reward": "what the completions earned, and each term of it",
     "loss": "the objective and how far the policy has moved",
+    "grounding": "the second turn, in which the policy grounds",
     "perf": "completions, speed and memory",
     "time": "seconds of each phase",
 }
@@ -39,6 +40,8 @@ def grouped(row: dict) -> dict:
             values |= {f"time/{phase}": seconds for phase, seconds in value.items()}
         elif name == "speed":
             values |= {f"perf/{part}": figure for part, figure in value.items()}
+        elif name == "grounding":
+            values |= {f"grounding/{part}": figure for part, figure in value.items()}
         elif name == "reward":
             values["reward/total"] = value
         elif name != "step":
@@ -75,7 +78,7 @@ def build_page(run, rows, shown, fixed, files) -> str:
     steps = [row["step"] + 1 for row in rows]
     end = max(settings.get("steps", 1), steps[-1] if steps else 1)
     parts = [heading(run, name, steps, end), overview(values), contents(shown, fixed)]
-    drawn = curves(values, steps, end, ("reward", "loss"))
+    drawn = curves(values, steps, end, ("reward", "grounding", "loss"))
     parts.append('<section id="curves"><h2>Curves</h2><p class="lead">Thin: each step. Thick: the running '
                  f'mean. Bold: the last step.</p>{drawn}</section>')
     parts += [show_look(records, files, settings) for records in shown]

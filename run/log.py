@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from grpo import Group, Systems, equal_rewards
-from run.plan import GPU_LIMITS, pass_operations, token_bytes
+from grpo import Group, Systems, equal_rewards, turns_of
+from run.draw import epoch_length
+from run.plan import GPU_LIMITS, pass_operations, print_plan, token_bytes
 from run.processes import gather, sums_over_processes
 from run.settings import changed_settings
 from trust.errors import BadInput, one_line
@@ -78,7 +79,7 @@ class Watch:
 def step_metrics(
     step: int,
     groups: list[Group],
-    sums: dict,
+    sums: list[dict],
     norm: float,
     skipped: int,
     watch: Watch,
@@ -88,20 +89,50 @@ def step_metrics(
     """A step's line of the log: means over the completions of all processes, and this process's seconds.
 
     groups   the step's groups of this process
-    sums     what accumulate_gradients returns, added up over groups and processes
+    sums     for each turn what accumulate_gradients returns, added up over groups and processes
     norm     the last gradient's
     skipped  how many updates were left out because their gradient was not finite
     """
     means, broken = group_means(groups, device)
-    tokens = max(sums["tokens"], 1)
-    row = dict(step=step, lr=optimizer.param_groups[0]["lr"], broken=broken, **means, loss=sums["loss"])
-    for name in ("kl", "entropy", "clipped_low", "clipped_high"):
-        row[name] = sums[name] / tokens
+    row = dict(step=step, lr=optimizer.param_groups[0]["lr"], broken=broken, **means, **token_means(sums[0]))
+    for second, its_sums in zip(turns_of(groups)[1:], sums[1:]):
+        row["grounding"] = rounded(grounding_means(second, device) | token_means(its_sums), 6)
     row["gradient_norm"] = norm if math.isfinite(norm) else None
     row["skipped"] = skipped
     row["seconds"] = watch.after | watch.seconds | dict(step=sum(watch.seconds.values()))
     row["memory_gb"] = peak_memory(device)
     return rounded(row, 6)
+
+
+def token_means(sums: dict) -> dict:
+    """The loss of a turn, and means over its tokens."""
+    row = dict(loss=sums["loss"])
+    for name in ("kl", "entropy", "clipped_low", "clipped_high"):
+        row[name] = sums[name] / max(sums["tokens"], 1)
+    return row
+
+
+def grounding_means(groups: list[Group], device: torch.device) -> dict:
+    """What the answers of the second turn earned, over all processes. Groups with a fault do not count.
+
+    iou and mismatch are means over answers about pictures that show the target, null is the share of null
+    among the others, the rest are means over all answers. None is the mean of nothing.
+    """
+    # How many answers have each term is counted beside its sum.
+    names = ("reward", "tokens", "format", "iou", "mismatch", "null")
+    values = dict.fromkeys(names, 0.0)
+    counts = dict.fromkeys(names, 0)
+    for group in groups:
+        if group.fault:
+            continue
+        for terms, reward, tokens in zip(group.terms, group.rewards, group.mask.sum(1)):
+            terms = terms | dict(reward=reward, tokens=tokens)
+            for name in terms.keys() & set(names):
+                values[name] += terms[name]
+                counts[name] += 1
+    totals = sums_over_processes(values, device)
+    numbers = sums_over_processes(counts, device)
+    return {name: totals[name] / numbers[name] if numbers[name] else None for name in names}
 
 
 def group_means(groups: list[Group], device: torch.device) -> tuple[dict, int]:
@@ -151,13 +182,15 @@ def throughput(groups: list[Group], seconds: dict, systems: Systems, settings, d
     steps = 0
     tokens = 0
     operations = 0.0
-    for group in groups:
-        P = len(group.prompt.ids) - 1
-        G, C = group.mask.shape
-        drawn += int(group.mask.sum())
-        steps = max(steps, C)
-        tokens += P + G * C
-        operations += pass_operations(systems.reference, P, G, C, frozen=settings.lora_rank > 0)
+    for turn in turns_of(groups):
+        for group in turn:
+            P = len(group.prompt.ids) - 1
+            G, C = group.mask.shape
+            drawn += int(group.mask.sum())
+            tokens += P + G * C
+            operations += pass_operations(systems.reference, P, G, C, frozen=settings.lora_rank > 0)
+        # Of the longest completion.
+        steps += max(group.mask.shape[1] for group in turn)
     row = {}
     completions = settings.batch * settings.accumulate * settings.group
     row["seconds_per_completion"] = sum(seconds.values()) / completions
@@ -267,6 +300,14 @@ class Log:
         while self.waiting:
             written = self.file.write(self.waiting)
             self.waiting = self.waiting[written:]
+
+
+def print_start(sources, settings, checkpoint: Path | None, start: int, world: int):
+    """What the first process says before the first step."""
+    if checkpoint:
+        print(f"continues at step {start} from {checkpoint}")
+    print(f"an epoch: {epoch_length(sources, settings.batch * settings.accumulate)} steps")
+    print_plan(settings, [world])
 
 
 def start_log(out: str, settings, run: dict, dropped: list[str], checkpoint: Path | None) -> Log:

@@ -22,6 +22,7 @@ from model import (
     read_config,
 )
 from run.settings import frame_range
+from segment import GROUNDING_TOKENS
 from trust.options import reference_folder
 from trust.sam2_config import build_sam2, find_config
 
@@ -76,7 +77,7 @@ TRACKED_CLIP = 0.46e9
 TRACKED_OBJECT = 5e6
 # Tokens of a keyframe's prompt and answer, of the answer alone, and patches of the picture.
 GROUNDED = 1150
-ANSWER = 128
+ANSWER = GROUNDING_TOKENS
 PICTURE = 3600
 # Processes of a node, where torchrun does not say it.
 DEVICES_OF_A_NODE = 8
@@ -95,10 +96,7 @@ def memory_plan(settings, world: int) -> dict[str, dict[str, float]]:
         resting["System 2"] = count(system2) * number_size
 
     B = -(-settings.batch // world)
-    P = settings.prompt_tokens
-    C = settings.max_new_tokens
-    rows = B * settings.group
-    requests = rows * KEYFRAMES
+    requests = B * settings.group * KEYFRAMES
     whole = {}
     awake = {}
     if not settings.lora_rank:
@@ -106,30 +104,42 @@ def memory_plan(settings, world: int) -> dict[str, dict[str, float]]:
         if settings.reference != "device":
             awake["whole reference"] = whole["whole weights"]
 
-    # When half of the rows have ended, the others are copied.
-    staying = rows * C * cache_bytes(thinker, number_size) / 2
-    read = batch_bytes(thinker, min(max(PREFILL_TOKENS, P), B * P), number_size)
-    rollout = resting | whole | {
-        "cache": (B * P + rows * C) * cache_bytes(thinker, number_size),
-        "reading prompts, or rows that stay": max(read, staying),
-        # Three copies in float32.
-        "logits of a token": 12 * rows * thinker.config.text_config.vocab_size,
-    }
+    drawn = largest(*[drawing(thinker, B, settings.group, *turn, number_size) for turn in turns(settings)])
     features = system2.config.text_config.hidden_size * number_size
     tokens = requests * GROUNDED
     asked = tokens * (cache_bytes(system2, number_size) + features)
     asked += batch_bytes(system2, min(PREFILL_TOKENS, tokens), number_size)
     # The vision tower rotates queries and keys in float32.
     seen = 34 * min(VISION_PATCHES, requests * PICTURE) * system2.config.vision_config.hidden_size
-    referred = batch_bytes(thinker, P + settings.group * C, number_size)
+    referred = max(batch_bytes(thinker, P + settings.group * C, number_size) for P, C in turns(settings))
     tracking = TRACKING + (B - 1) * TRACKED_CLIP + max(0, requests - 32) * TRACKED_OBJECT
     return dict(
         loading=loading(settings, world, thinker, resting),
-        rollout=rollout,
+        rollout=resting | whole | drawn,
         grounding=resting | awake | {"pictures, keyframes, or reference": max(asked, seen, referred)},
         masks=resting | {"tracking": tracking * (sam2.image_size / 1024) ** 2},
         update=update(settings, world, thinker, resting | whole),
     )
+
+
+def turns(settings) -> list[tuple[int, int]]:
+    """(tokens of a prompt, of a completion) of each turn of the policy."""
+    first = settings.prompt_tokens, settings.max_new_tokens
+    return [first, (GROUNDED - ANSWER, ANSWER)] if settings.ground_weight else [first]
+
+
+def drawing(thinker: Thinker, B: int, G: int, P: int, C: int, number_size: int) -> dict[str, float]:
+    """{what: bytes} while G completions of each of B prompts are drawn."""
+    rows = B * G
+    # When half of the rows have ended, the others are copied.
+    staying = rows * C * cache_bytes(thinker, number_size) / 2
+    read = batch_bytes(thinker, min(max(PREFILL_TOKENS, P), B * P), number_size)
+    return {
+        "cache": (B * P + rows * C) * cache_bytes(thinker, number_size),
+        "reading prompts, or rows that stay": max(read, staying),
+        # Three copies in float32.
+        "logits of a token": 12 * rows * thinker.config.text_config.vocab_size,
+    }
 
 
 def largest(*moments: dict[str, float]) -> dict[str, float]:
@@ -183,19 +193,21 @@ def loading(settings, world: int, thinker: Thinker, resting: dict) -> dict[str, 
 
 
 def update(settings, world: int, thinker: Thinker, resting: dict) -> dict[str, float]:
-    """{what: bytes} of the update, one group at a time, in the larger of two moments."""
+    """{what: bytes} of the update, one group at a time, in the largest of its moments."""
     config = thinker.config.text_config
     number_size = number_bytes(settings)
     trained = sum(p.numel() for p in thinker.parameters() if p.requires_grad)
-    early = resting | activations(settings, thinker)
+    passes = [activations(settings, thinker, *turn) for turn in turns(settings)]
     if settings.lora_rank:
-        return early | {"gradients": 4 * trained}
+        return resting | largest(*passes) | {"gradients": 4 * trained}
     gradients = {"gradients": 4 * trained / shards_of(settings, world)}
     matrix = config.vocab_size * config.hidden_size
-    # The first layer's backward pass. The head's gradient waits for that of the embeddings.
-    early["gradient of the head"] = matrix * number_size
+    # The first layer's backward pass. Gradients of earlier groups rest meanwhile.
     if settings.batch * settings.accumulate > world:
-        early |= gradients
+        passes[0] |= gradients
+    early = resting | largest(passes[0], *[later | gradients for later in passes[1:]])
+    # The head's gradient waits for that of the embeddings.
+    early["gradient of the head"] = matrix * number_size
     # The end of it. All layers are sharded again; embeddings and head are whole, as are their gradients, in
     # the dtype of computation and in float32.
     end = resting | gradients
@@ -204,12 +216,12 @@ def update(settings, world: int, thinker: Thinker, resting: dict) -> dict[str, f
     return largest(early, end)
 
 
-def activations(settings, thinker: Thinker) -> dict[str, float]:
+def activations(settings, thinker: Thinker, P: int, C: int) -> dict[str, float]:
     """{what: bytes} of the update's forward and backward pass, one group at a time."""
     config = thinker.config.text_config
     number_size = number_bytes(settings)
-    completions = settings.group * settings.max_new_tokens
-    rows = settings.prompt_tokens + completions
+    completions = settings.group * C
+    rows = P + completions
     # Forward and backward of one layer, and what its forward leaves where nothing is computed again.
     layer = rows * (11 * config.hidden_size + 5.5 * config.intermediate_size) * number_size
     left = rows * (13 * config.hidden_size + 4 * config.intermediate_size) * number_size
@@ -339,8 +351,6 @@ def time_plan(settings, world: int, gpu: str, thinker: Thinker, side: int = 1024
     weights = (count(thinker.model.layers) + count(thinker.lm_head)) * number_size
     B = -(-settings.batch // world)
     G = settings.group
-    P = settings.prompt_tokens
-    C = settings.max_new_tokens
     requests = B * G * KEYFRAMES
     asked = GROUNDED - ANSWER
 
@@ -356,10 +366,15 @@ def time_plan(settings, world: int, gpu: str, thinker: Thinker, side: int = 1024
         size = weights + cached * cache_bytes(thinker, number_size)
         return steps * size / DRAWING / bandwidth
 
-    operations = B * pass_operations(thinker, P, G, C)
+    rollout = 0.0
+    operations = 0.0
+    for P, C in turns(settings):
+        # A visual token is four patches.
+        rollout += read(B, P, 4 * P) + draw(B, G, P, C)
+        operations += B * pass_operations(thinker, P, G, C)
     tracked = requests * frame_range(settings.frames)[1] * OBJECT_ON_A_FRAME * (side / 1024) ** 2
     times = dict(
-        rollout=read(B, P, 4 * P) + draw(B, G, P, C),
+        rollout=rollout,
         grounding=read(requests, asked, PICTURE) + draw(requests, 1, asked, ANSWER),
         reference=operations / 3 / READING / arithmetic if settings.beta else 0.0,
         masks=tracked / FOLLOWING / arithmetic if settings.consistency else 0.0,

@@ -26,9 +26,10 @@ import torch
 
 from benchmarks import check, find_benchmark, open_split
 from benchmarks.predictions import write_prediction, zip_predictions
+from benchmarks.reports import score_table
 from benchmarks.samples import load
 from data import Processor, prompt_inputs
-from eval import score_predictions, score_table
+from eval import score_predictions
 from run.draw import read_clip, training_sources
 from tests.mutate import LAYOUTS, decoys, find_cases, link_copy, write_layout
 from tests.world import evaluate_here, train_here

@@ -619,7 +619,7 @@ def prompt_parts(clip, rng=None):
 
 def test_tasks_say_what_is_tracked():
     tracked = {name: task.tracked for name, task in TASKS.items()}
-    assert tracked == {"vos": True, "avs": False, "image": False, "qa": False}
+    assert tracked == {"vos": True, "avs": False, "image": False, "qa": False, "grounding": False}
 
 
 def test_task_vos_shows_the_video_with_its_sound(toy):

@@ -5,6 +5,7 @@ Letters: G completions of a group, C tokens of the longest one.
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,21 @@ import torch
 
 import grpo
 from benchmarks.toy import toy_clip
-from data import keyframes, parse_moments, prompt_inputs
-from grpo import accumulate_gradients, collect, group_advantages, kl_divergence, policy_loss
+from data import frames_to_ground, keyframes, parse_boxes, parse_moments, prompt_inputs, to_source
+from grpo import (
+    accumulate_gradients,
+    collect,
+    draw_request,
+    group_advantages,
+    kl_divergence,
+    policy_loss,
+    turns_of,
+)
 from model import Thinker
-from rewards import region_similarity, total_rewards, vos_rewards
+from rewards import alignment_term, mismatch_term, region_similarity, total_rewards, vos_rewards
+from run.draw import blank_clip
 from run.log import Watch
-from segment import ground, track_groups
+from segment import GROUNDING_TOKENS, ground, thinker_system2, track_groups
 from tests.world import settings_of
 from trust.options import TOY_POLICY
 
@@ -335,10 +345,10 @@ def test_every_completion_is_judged_by_its_own_keyframes_boxes_and_masks(apart):
     assert len(distinct) > 2
 
 
-def share_gradients(systems, group, settings, keep=False):
+def share_gradients(systems, group, settings):
     """accumulate_gradients where the group is the whole batch. Returns its sums."""
     totals = (6, int(group.mask.sum()))
-    return accumulate_gradients(systems, group, settings, totals, 1.0, first=True, keep=keep)
+    return accumulate_gradients(systems, group, settings, totals, 1.0)
 
 
 def largest_gradient(policy):
@@ -354,7 +364,7 @@ def largest_gradient(policy):
 
 def test_divergence_is_from_the_reference(apart):
     systems, settings, _, group = apart
-    sums = share_gradients(systems, group, settings, keep=True)
+    sums = share_gradients(systems, group, settings)
     assert largest_gradient(systems.policy) > 1e-4
     with torch.no_grad():
         logp, _ = systems.policy.logprobs(group.prompt, group.completions)
@@ -385,3 +395,120 @@ def test_a_group_of_a_broken_clip_counts_for_nothing(apart):
     sums = share_gradients(systems, broken, settings)
     assert largest_gradient(systems.policy) == 0
     assert {value.item() for value in sums.values()} == {0.0}
+
+
+# ---- the second turn -------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def twice(apart):
+    """The same systems, settings and clip with a second turn, and the group."""
+    systems, settings, clip, _ = apart
+    settings = replace(settings, ground_weight=0.5, max_new_tokens=48)
+    group, = collected(systems, [clip], [11], settings)
+    return systems, settings, clip, group
+
+
+def test_the_second_turn_leaves_the_first_as_it_is(apart, twice):
+    _, settings, _, group = apart
+    assert settings.ground_weight == 0
+    assert group.second is None
+    assert turns_of([group]) == [[group]]
+    both = twice[-1]
+    assert turns_of([both]) == [[both], [both.second]]
+    assert both.texts == group.texts
+    assert np.array_equal(both.rewards, group.rewards)
+    assert torch.equal(both.advantages, group.advantages)
+    assert (both.weight, both.longest) == (1.0, 48)
+    assert (both.second.weight, both.second.longest) == (0.5, GROUNDING_TOKENS)
+
+
+def test_the_second_turn_answers_one_request_of_the_first(twice):
+    systems, settings, clip, group = twice
+    requests = [frames_to_ground(clip, text) for text in group.texts]
+    asked = draw_request(group, requests)
+    shown = next(t for t in range(len(clip.frames)) if clip.frames[t] == asked.frames[0])
+    assert (shown, asked.query) in {pair for frames in requests for pair in frames.items()}
+    second = group.second
+    # What it is shown is what System 2 is shown.
+    seen = []
+    onlooker = SimpleNamespace(embed=seen.extend, generate=lambda *_, **__: [])
+    thinker_system2(onlooker, systems.processor)([clip.frames[shown]], [asked.query])
+    prompt, = systems.reference.embed(seen)
+    for name in ("ids", "positions", "slots", "media"):
+        assert torch.equal(getattr(prompt, name), getattr(second.prompt, name)), name
+
+    # The policy wrote it, and the reference has scored it.
+    assert second.completions.shape[0] == settings.group
+    with torch.no_grad():
+        reference, _ = systems.reference.logprobs(second.prompt, second.completions)
+        policy, _ = systems.policy.logprobs(second.prompt, second.completions)
+    assert torch.allclose(second.reference_logp, reference, atol=1e-5)
+    assert not torch.allclose(policy, reference, atol=1e-2)
+
+    # Its answers are judged by this frame alone.
+    masks = clip.masks[:, [shown]]
+    scale = seen[0].scale
+    for text, terms, reward in zip(second.texts, second.terms, second.rewards):
+        boxes = {0: [to_source(box, scale, clip.size) for box in parse_boxes(text)]}
+        if masks.any():
+            expected = alignment_term(masks, boxes) + mismatch_term(boxes, len(masks), len(masks))
+        else:
+            expected = float(text == "null")
+        assert reward == pytest.approx(terms["format"] + expected)
+        assert terms["format"] == (text == "null" or bool(boxes[0]))
+    assert torch.equal(second.advantages, group_advantages(second.rewards, settings.group))
+
+
+def test_requests_are_drawn_evenly_and_each_distinct_one_once(apart):
+    _, _, clip, group = apart
+    # The first one stands there three times.
+    chosen = [{0: "a"}, {0: "a", 2: "b"}, {}, {2: "c", 0: "a"}]
+    counts = {}
+    for seed in range(300):
+        asked = draw_request(replace(group, seed=seed), chosen)
+        counts[asked.query] = counts.get(asked.query, 0) + 1
+        t = 0 if asked.query == "a" else 2
+        assert asked.frames[0] == clip.frames[t]
+        assert np.array_equal(asked.masks, clip.masks[:, t:t + 1])
+        assert draw_request(replace(group, seed=seed), chosen[::-1]).query == asked.query
+    assert set(counts) == {"a", "b", "c"}
+    assert min(counts.values()) > 70
+    nothing = draw_request(group, [{}, {}])
+    assert nothing.query == clip.query
+    assert nothing.frames[0] == clip.frames[0]
+
+
+def test_a_broken_clip_has_a_second_turn_that_counts_for_nothing(twice):
+    systems, settings, _, _ = twice
+    groups = collected(systems, [blank_clip("vos", "cannot be read"), toy_clip("train", 4)], [3, 4], settings)
+    _, (broken, whole) = turns_of(groups)
+    assert broken.fault == "cannot be read"
+    assert broken.completions.shape[0] == settings.group
+    # Even if it had something to teach.
+    broken.advantages = torch.linspace(-1, 1, settings.group)
+    sums = share_gradients(systems, broken, settings)
+    assert largest_gradient(systems.policy) == 0
+    assert {value.item() for value in sums.values()} == {0.0}
+    whole.advantages = broken.advantages
+    share_gradients(systems, whole, settings)
+    assert largest_gradient(systems.policy) > 0
+
+
+@pytest.mark.parametrize("task", ["avs", "qa"])
+def test_tasks_without_masks_have_one_turn(twice, task):
+    systems, settings, clip, _ = twice
+    other = replace(clip, task=task, truth=dict(type="free-form", options=[], solution=""))
+    group, = collected(systems, [other], [11], replace(settings, group=2, max_new_tokens=4))
+    assert turns_of([group]) == [[group]]
+
+
+def test_the_weight_of_a_turn_is_that_of_its_gradient(twice):
+    systems, settings, _, group = twice
+    second = group.second
+    second.advantages = torch.linspace(-1, 1, settings.group)
+    found = []
+    for weight in (0.5, 1.0, 0.0):
+        share_gradients(systems, replace(second, weight=weight), settings)
+        found.append(largest_gradient(systems.policy))
+    assert found[0] == pytest.approx(found[1] / 2, rel=1e-5)
+    assert found[1] > 0
+    assert found[2] == 0

@@ -92,6 +92,8 @@ def hostile_clips():
         ("vos_null", "vos", nothing),
         ("avs", "avs", masks[:, 4:]),
         ("avs_null", "avs", nothing),
+        ("grounding", "grounding", masks[:, 4:5]),
+        ("grounding_null", "grounding", nothing[:, :1]),
     ]
     solutions = {
         "multiple choice": "B",
@@ -297,15 +299,18 @@ def limits(name, moments):
     O, T = CLIPS[name].masks.shape[:2]
     all_frames = 0.4 * (2 * KEYFRAMES - 1 - T)
     best = 0 if name == "vos_null" else 0.4 * KEYFRAMES
+    best_single = 0 if name == "vos_null" else 0.4
     bounds = dict(
         base=(0, 1.6),
         number=(all_frames, best),
+        single=(0.4 * (1 - T), best_single),
         length=(-0.2 * (T - 1) * moments, 0),
         overlap=(-0.5 * T * moments, 0),
         mismatch=(-0.5 * 16 / O, 0),
         iou=(0, 1.4),
     )
-    for share in ("saliency", "alignment", "consistency", "first_box", "strict", "box", "point", "accuracy"):
+    for share in ("saliency", "alignment", "consistency", "first_box", "strict", "box", "point", "accuracy",
+                  "null"):
         bounds[share] = (0, 1)
     return bounds | dict(format=(0, 1), malformed=(0, 1))
 

@@ -23,9 +23,10 @@ from benchmarks.predictions import prediction_folder, write_prediction
 from benchmarks.reasonseg import score_reasonseg
 from benchmarks.refavs import at_256, refavs_subsets, region_f, score_refavs
 from benchmarks.refdavis import davis_subsets, match_objects, write_davis
+from benchmarks.reports import score_table
 from benchmarks.revos import revos_subsets, score_revos
 from benchmarks.samples import Sample, load
-from eval import score_predictions, score_sample, score_table
+from eval import score_predictions, score_sample
 from trust.errors import BadInput
 
 # Those of questions have other metrics.

@@ -29,10 +29,11 @@ from benchmarks.mini import sound_file
 from benchmarks.omniavs import KINDS, omniavs_subsets, score_omniavs
 from benchmarks.predictions import unpredicted, write_prediction
 from benchmarks.references import in_windows, read_reference, show_references, with_places
+from benchmarks.reports import score_table
 from benchmarks.samples import load
 from benchmarks.toy import toy_clip
 from data import MEDIA, Processor, prompt, prompt_inputs
-from eval import score_predictions, score_table
+from eval import score_predictions
 from model import Thinker
 from run import draw
 from tests.test_benchmarks import assert_fault, assert_malformed, delete, drop, put_at, run_check, save, write

@@ -277,12 +277,29 @@ def measured(settings, world, monkeypatch) -> dict[str, float]:
                     reference.logprobs(prompt, completions)
         peaks["grounding"] = memory.peak()
         # Update. Gradients of the first group rest while the second one's are made.
-        for prompt in prompts[:2]:
-            logp, _ = policy.logprobs(prompt, completions)
+        groups = [(prompt, completions) for prompt in prompts[:2]]
+        if settings.ground_weight:
+            peaks |= second_turn(systems, settings, B, groups, memory, peaks)
+        for prompt, drawn in groups:
+            logp, _ = policy.logprobs(prompt, drawn)
             logp.sum().backward()
         optimizer.step()
         peaks["update"] = memory.peak()
     return peaks
+
+
+def second_turn(systems, settings, B, groups, memory, peaks) -> dict[str, float]:
+    """The larger peaks of both turns' rollout and grounding. Adds a group of the second one to the groups."""
+    asked = fake_prompts(systems.reference, B, GROUNDED - ANSWER)
+    with systems.policy_whole():
+        systems.policy.generate(asked, settings.group, ANSWER)
+    rollout = memory.peak()
+    answers = torch.zeros(settings.group, ANSWER, dtype=torch.long)
+    with systems.reference_awake(), torch.no_grad():
+        for prompt in asked:
+            systems.reference.logprobs(prompt, answers)
+    groups.append((asked[0], answers))
+    return dict(rollout=max(peaks["rollout"], rollout), grounding=max(peaks["grounding"], memory.peak()))
 
 
 def tracking(monkeypatch, clips=1, objects=32, frames=24) -> tuple[float, float]:
@@ -347,6 +364,8 @@ def shallow(path, shape):
     (8, ""),
     (8, "--lora_rank 64"),
     (2, "--reference host --group 4 --max_new_tokens 512 --checkpointing false"),
+    # The second turn is larger than the first.
+    (8, "--ground_weight 1 --group 64 --max_new_tokens 16 --prompt_tokens 256"),
 ])
 def test_a_step_of_four_layers_takes_what_is_planned(tmp_path, monkeypatch, world, options):
     settings = settings_for(shallow(tmp_path, "3b"), *options.split())
@@ -495,6 +514,11 @@ def test_times_follow_the_limits_of_a_gpu(monkeypatch, capsys):
     assert time_plan(settings, 8, "H200", thinker, side=512)["masks"] == times["masks"] / 4
     assert alone["update"] == pytest.approx(8 * times["update"])
     assert times["rollout"] < alone["rollout"] < 4 * times["rollout"]
+    # The second turn takes a little more time, and System 2 none.
+    grounding = time_plan(replace(settings, ground_weight=0.5), 8, "H200", thinker)
+    for phase in ("rollout", "reference", "update"):
+        assert times[phase] < grounding[phase] < 1.2 * times[phase]
+    assert grounding["grounding"] == times["grounding"]
     other = replace(settings, accumulate=2, beta=0.0, consistency=0.0)
     twice = time_plan(other, 8, "H200", thinker)
     assert twice["update"] == 2 * times["update"]
@@ -515,6 +539,14 @@ def test_the_log_has_seconds_per_completion(systems):
     seconds = dict(data=1.0, rollout=20.0, masks=3.0, update=24.0)
     # One of eight processes: three groups of its own.
     mask = torch.ones(4, 5)
-    group = SimpleNamespace(prompt=SimpleNamespace(ids=torch.zeros(7)), mask=mask)
+    group = SimpleNamespace(prompt=SimpleNamespace(ids=torch.zeros(7)), mask=mask, second=None)
     row = throughput([group] * 3, seconds, systems, settings, CPU)
     assert row["seconds_per_completion"] == 48 / (8 * 4 * 3)
+    assert row["decode_tokens_per_s"] == 3 * 20 / 20
+    assert row["update_tokens_per_s"] == 3 * (6 + 20) * settings.updates / 24
+    # Both turns are drawn and go through the update.
+    second = SimpleNamespace(prompt=SimpleNamespace(ids=torch.zeros(3)), mask=torch.ones(4, 2), second=None)
+    both = SimpleNamespace(prompt=group.prompt, mask=mask, second=second)
+    row = throughput([both] * 3, seconds, systems, settings, CPU)
+    assert row["decode_tokens_per_s"] == 3 * (20 + 8) / 20
+    assert row["update_tokens_per_s"] == 3 * (6 + 20 + 2 + 8) * settings.updates / 24

@@ -39,8 +39,8 @@ from tests.world import answered, block, said, settings_of, single
 LEFT = (0, 2, 3, 4)
 RIGHT = (8, 6, 9, 7)
 
-FIRST_RELEASE = dict(keyframe=1.0, saliency=1.0, alignment=1.0, consistency=0.0)
-LATER_RUN = dict(keyframe=1.0, saliency=0.0, alignment=1.0, consistency=2.0)
+FIRST_RELEASE = dict(keyframe=1.0, single=0.0, saliency=1.0, alignment=1.0, consistency=0.0)
+LATER_RUN = dict(keyframe=1.0, single=0.0, saliency=0.0, alignment=1.0, consistency=2.0)
 
 
 # ---- helpers ---------------------------------------------------------------------------------------
@@ -105,6 +105,8 @@ def test_every_term_by_hand():
         number=0.4 * 3,
         length=0.2 * (1 - 2) * 2,
         overlap=-0.5 * (4 - 3),
+        # Frames 2 3 4, and 1 would be best.
+        single=0.4 * (2 - 1 - 3),
         saliency=(12 + 12 + 16) / 16 / 3,
         # Pairs in sight: one on 2, one on 3, two on 4.
         alignment=(1 + 6 / 12 + 1 + 12 / 24) / 4,
@@ -120,7 +122,7 @@ def test_every_term_by_hand():
     keyframe = 0.3
     rest = keyframe + 40 / 48 + 0.75 - 1 / 12
     assert combine(terms, FIRST_RELEASE) == pytest.approx(1.225 + rest)
-    others = dict(keyframe=0.5, saliency=0.0, alignment=2.0, consistency=3.0)
+    others = dict(keyframe=0.5, single=0.0, saliency=0.0, alignment=2.0, consistency=3.0)
     rest = 0.5 * keyframe + 2 * 0.75 - 1 / 12 + 3 * 0.75
     assert combine(terms, others) == pytest.approx(1.225 + rest)
 
@@ -171,6 +173,23 @@ def test_one_constant_bounds_the_keyframes_and_places_the_peak_of_their_number(U
     assert list(keyframes(moments)) == list(range(min(U, K)))
 
 
+@pytest.mark.parametrize("frames, single_term", [
+    (1, 0.4),
+    (2, -0.4),
+    (4, -1.2),
+])
+def test_one_keyframe_is_best_where_that_is_asked_for(frames, single_term):
+    text = said(*map(single, range(frames)))
+    terms = rewards(text) | dict(format=1.0)
+    assert terms["single"] == pytest.approx(single_term)
+    # As it comes, it has no weight.
+    without = dict(terms)
+    del without["single"]
+    assert total(terms) == total(without)
+    asked = settings_of("--single", 1, "--keyframe", 0)
+    assert total(terms, asked) == pytest.approx(total(without, asked) + single_term)
+
+
 def test_length_and_overlap_count_frames_of_valid_blocks():
     # 3, 1 and 1 frames; frame 2 stands there twice.
     interval = block("00:00.00", "00:01.00")
@@ -217,7 +236,7 @@ def test_nobody_in_sight_on_the_keyframe():
     text = said(single(0))
     tracked = np.zeros((8, 10, 12), dtype=bool)
     terms = rewards(text, {0: [LEFT]}, tracked)
-    expected = terms_of(base=0.6, number=0.4, consistency=2 / 8)
+    expected = terms_of(base=0.6, number=0.4, single=0.4, consistency=2 / 8)
     assert terms == pytest.approx(expected)
 
 
@@ -246,6 +265,8 @@ def test_null_reference(objects):
     text = said(single(2))
     terms = rewards(text, {2: []}, masks=masks)
     assert terms == pytest.approx(terms_of(base=0.6, consistency=1.0))
+    # Many keyframes of nothing are still too many.
+    assert rewards(said(single(2), single(3)), masks=masks)["single"] == pytest.approx(-0.4)
     # Every box is a surplus box.
     tracked = np.zeros((8, 10, 12), dtype=bool)
     tracked[3:, 0, 0] = True
@@ -537,6 +558,68 @@ def test_a_picture_is_judged_in_pixels_of_the_resized_picture():
     assert total(terms) == pytest.approx(terms["iou"] + 4)
 
 
+# ---- task "grounding" ------------------------------------------------------------------------------
+def named(*boxes):
+    """System 2's answer with these boxes."""
+    return json.dumps([dict(bbox_2d=list(box)) for box in boxes])
+
+
+def grounded(answer, frame, scale=(1.0, 1.0), settings=None):
+    """(terms, total reward) of System 2's answer about a frame of `scene`."""
+    clip = Clip("", None, "", masks=scene()[:, [frame]], task="grounding")
+    terms = reward_terms(clip, scale, answer, {}, None)
+    assert terms.pop("malformed") == 1 - terms["format"]
+    return terms, total(terms, settings)
+
+
+# (answer, frame, terms). Frame 4 shows both objects, frame 2 the left one, frame 0 none.
+GROUNDED = [
+    # Two objects, in the other order: 1 and 12 / 24.
+    (named(RIGHT, (0, 2, 3, 7)), 4, dict(format=1, iou=0.75, mismatch=0)),
+    (named(LEFT), 4, dict(format=1, iou=0.5, mismatch=0)),
+    (named(LEFT), 2, dict(format=1, iou=1, mismatch=0)),
+    # As many boxes as objects are allowed. A third one is surplus: half of it, over two objects.
+    (named(LEFT, RIGHT), 2, dict(format=1, iou=1, mismatch=0)),
+    (named(LEFT, RIGHT, RIGHT), 2, dict(format=1, iou=1, mismatch=-0.25)),
+    ("null", 2, dict(format=1, iou=0, mismatch=0)),
+    (" null ", 0, dict(format=1, null=1)),
+    (named(LEFT), 0, dict(format=1, null=0)),
+    # Neither boxes nor null: words, a swapped box, an empty list, a reasoned null.
+    ("the dog", 2, dict(format=0, iou=0, mismatch=0)),
+    (named((3, 4, 0, 2)), 2, dict(format=0, iou=0, mismatch=0)),
+    (named(), 0, dict(format=0, null=0)),
+    (answered("null"), 0, dict(format=0, null=0)),
+    # One box can be read.
+    (named((3, 4, 0, 2), LEFT), 2, dict(format=1, iou=1, mismatch=0)),
+]
+
+
+@pytest.mark.parametrize("answer, frame, expected", GROUNDED)
+def test_an_answer_of_system_2_by_hand(answer, frame, expected):
+    terms, reward = grounded(answer, frame)
+    assert terms == pytest.approx(expected)
+    assert reward == pytest.approx(sum(expected.values()))
+    # The weights of System 1's terms mean nothing here.
+    other = settings_of("--alignment", 0, "--consistency", 0, "--keyframe", 3)
+    assert grounded(answer, frame, settings=other)[1] == reward
+
+
+def test_boxes_of_an_answer_are_those_of_the_resized_picture():
+    # 12 x 10 pixels at a third and a half; beyond the picture is cut off.
+    terms, _ = grounded(named((0, 1, 1, 2)), 2, scale=(3.0, 2.0))
+    assert terms["iou"] == 1.0
+    far, _ = grounded(named((8, 6, 900, 900)), 6)
+    # 4 x 4 pixels hold the 2 x 2.
+    assert far["iou"] == 4 / 16
+
+
+def test_more_boxes_never_pay():
+    _, honest = grounded(named((0, 2, 3, 6)), 2)
+    guesses = [(x, y, x + 3, y + 2) for x in range(4) for y in range(4)]
+    _, many = grounded(named(*guesses), 2)
+    assert many < honest
+
+
 # ---- task "qa" -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind, answer, true, expected", [
     ("multiple choice", "B", "B", 1),
@@ -603,6 +686,8 @@ TERMS_OF_TASKS = {
     "avs": ("first_box",),
     "image": ("iou", "box", "point", "strict"),
     "qa": ("accuracy",),
+    # The first frame of `scene` shows no target.
+    "grounding": ("null",),
 }
 
 
@@ -636,6 +721,8 @@ def test_an_unknown_task_is_named():
     ("image", "see " + pointed(), {}, 1),
     ("qa", "a cat", {}, 0),
     ("qa", "", {}, 1),
+    ("grounding", '{"bbox_2d": [1, 2, 3, 4]}', {}, 0),
+    ("grounding", "a cat", {}, 1),
 ])
 def test_what_cannot_be_used_is_malformed(task, answer, boxes, malformed):
     terms = judged(clip_of(task), answer, boxes)
@@ -674,7 +761,7 @@ def test_no_setting_weighs_a_term_by_accident():
     terms = set(NO_ACCURACY)
     for task in TERMS_OF_TASKS:
         terms.update(TERMS_OF_TASKS[task])
-    assert names & terms == {"saliency", "alignment", "consistency"}
+    assert names & terms == {"single", "saliency", "alignment", "consistency"}
 
 
 def test_a_missing_term_counts_nothing():

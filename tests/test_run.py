@@ -204,13 +204,21 @@ def distance(weights, others):
     return math.sqrt(total)
 
 
+def flat(row):
+    """The row with the figures of its second turn, if there is one, beside the others; -1 for None."""
+    row = dict(row)
+    for name, value in row.pop("grounding", {}).items():
+        row[f"grounding {name}"] = -1 if value is None else value
+    return row
+
+
 def same_training(folder, name, other, tolerance=1e-4):
     """Whether two runs are the same up to the order of summation: all numbers of the log, and where the
     weights moved."""
     rows, _ = outcome(folder, name)
     other_rows, _ = outcome(folder, other)
     for row, other_row in zip(rows, other_rows, strict=True):
-        assert row == pytest.approx(other_row, rel=tolerance, abs=2e-5)
+        assert flat(row) == pytest.approx(flat(other_row), rel=tolerance, abs=2e-5)
     before = load_file(Path(TOY_POLICY) / "model.safetensors")
     after = load_file(folder / f"out/{name}/policy/model.safetensors")
     other_after = load_file(folder / f"out/{other}/policy/model.safetensors")
@@ -270,6 +278,20 @@ def test_told_to_end_a_run_saves_and_goes_on_with_another_number_of_processes(se
     assert line in (straight / "0.txt").read_text()
     finish(start(server, straight, "--steps 6 --name told"))
     same_training(straight, "straight1", "told")
+
+
+def test_a_run_with_a_second_turn_goes_on_bit_for_bit(tmp_path, monkeypatch, quick):
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "--steps", "3", "--save_every", "1", "--keep", "3", "--ground_weight", "1"]
+    train.main([*options, "--name", "straight"])
+    shutil.copytree("out/straight", "out/cut")
+    shutil.rmtree("out/cut/policy")
+    for step in (2, 3):
+        shutil.rmtree(f"out/cut/step-00000{step}")
+    train.main([*options, "--name", "cut"])
+    rows, weights = outcome(tmp_path, "cut")
+    assert (rows, weights) == outcome(tmp_path, "straight")
+    assert {"reward", "format", "iou", "null", "tokens", "kl"} <= rows[2]["grounding"].keys()
 
 
 def die_while_saving(rank):
@@ -884,8 +906,8 @@ def use_mixed_sources(rank):
 # name: (processes, nodes)
 SHAPES = dict(one=(1, 1), two=(2, 1), four=(4, 1), nodes=(4, 2))
 FLAT = [
-    "--accumulate 2 --updates 2 --ratio sequence --average token --kl k2 --skip_equal true",
-    "--lora_rank 4 --lr 1e-3 --accumulate 2",
+    "--accumulate 2 --updates 2 --ratio sequence --average token --kl k2 --skip_equal true --ground_weight 2",
+    "--lora_rank 4 --lr 1e-3 --accumulate 2 --ground_weight 0.5",
 ]
 NODES = ["--average constant --scale_by_std false"]
 ALL = [
@@ -903,6 +925,7 @@ ALL = [
     "--accumulate 2 --updates 2 --average token --clip_high 0.28 --skip_equal true",
     "--beta 0 --updates 2",
     "--batch 8",
+    "--ground_weight 1 --average constant --accumulate 2",
 ]
 
 
@@ -930,7 +953,7 @@ def test_any_number_of_processes_trains_alike(server, tmp_path, names, variants)
 @pytest.mark.parametrize("world", [1, 2])
 def test_where_the_reference_rests_changes_nothing(server, tmp_path, world):
     places = ("device", "shard", "host")
-    settings = "--steps 2 --batch 2 --lr 1e-3 --updates 2 --max_new_tokens 24"
+    settings = "--steps 2 --batch 2 --lr 1e-3 --updates 2 --max_new_tokens 24 --ground_weight 1"
     runs = [f"{settings} --reference {place} --name {place}" for place in places]
     finish(start(server, tmp_path, *runs, world=world))
     device, shard, host = (outcome(tmp_path, place) for place in places)
@@ -938,6 +961,7 @@ def test_where_the_reference_rests_changes_nothing(server, tmp_path, world):
     assert device == host
     rows, _ = device
     assert rows[1]["kl"] > 0
+    assert rows[1]["grounding"]["kl"] > 0
 
 
 # ---- validation ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import train
 from benchmarks import check
 from benchmarks.toy import toy_clip
 from data import Clip, Frames, prompt_inputs
-from grpo import collect
+from grpo import collect, policy_loss
 from rewards import TERMS
 from run import validation
 from run.draw import (
@@ -33,10 +33,10 @@ from run.draw import (
     sample_loader,
     training_sources,
 )
-from run.log import Watch
+from run.log import Watch, grounding_means
 from run.processes import start_processes
 from run.settings import frame_range, read_settings, resumable_names, setting
-from tests.world import ROOT, jpeg, run_program, settings_of, train_here, write_avi
+from tests.world import ROOT, jpeg, run_program, settings_of, toy_systems, train_here, write_avi
 from trust.errors import BadInput
 from trust.options import MOST_FRAMES, TOY_POLICY, Parser
 
@@ -422,6 +422,165 @@ def test_a_term_that_only_some_completions_have_is_in_the_log(systems, cpu):
         assert row[name] == pytest.approx(np.mean(values), abs=1e-6)
 
 
+def groups_with_two_turns(systems, settings):
+    """Groups of two toy clips."""
+    clips = [toy_clip("train", 3), toy_clip("train", 4)]
+    inputs = [prompt_inputs(systems.processor, clip) for clip in clips]
+    return collect(systems, clips, inputs, [1, 2], settings, Watch())
+
+
+def mean_loss(systems, groups, settings, longest):
+    """The loss of one turn by its definition, with as many completions in each group."""
+    losses = []
+    for group in groups:
+        logp, _ = systems.policy.logprobs(group.prompt, group.completions)
+        loss, _ = policy_loss(
+            logp, group.advantages, group.mask, None, group.reference_logp, average=settings.average,
+            longest=longest)
+        losses.append(loss)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("average", ["completion", "constant"])
+def test_two_turns_learn_by_the_weighted_sum_of_their_losses(systems, cpu, monkeypatch, average):
+    settings = settings_of("--group", 4, "--updates", 1, "--ground_weight", 0.3, "--average", average,
+                           "--max_new_tokens", 32, "--consistency", 0)
+    groups = groups_with_two_turns(systems, settings)
+    seconds = [group.second for group in groups]
+    # Unlike rewards, so that all of it is seen.
+    for second in seconds:
+        second.advantages = torch.tensor([1.0, -2.0, 0.5, 0.5])
+    policy = systems.policy
+    policy.zero_grad()
+    first = mean_loss(systems, groups, settings, longest=32)
+    second = mean_loss(systems, seconds, settings, longest=128)
+    (first + 0.3 * second).backward()
+    expected = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    found = {}
+
+    def keep(policy, settings):
+        found.update((name, p.grad.clone()) for name, p in policy.named_parameters() if p.grad is not None)
+        return math.inf
+
+    # An infinite norm: nothing is learned.
+    monkeypatch.setattr(train, "clip_gradients", keep)
+    optimizer = train.start_optimizer(policy, settings)
+    train.update(0, systems, optimizer, groups, settings, watch_of("rollout"))
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=1e-5 * largest), name
+
+
+def watch_of(phase):
+    """A Watch that knows how long a phase took."""
+    watch = Watch()
+    watch.seconds[phase] = 1.0
+    return watch
+
+
+def test_updates_make_rewarded_answers_of_the_second_turn_likelier(cpu):
+    systems = toy_systems()
+    # Hot, so that the answers differ.
+    settings = settings_of("--group", 4, "--updates", 3, "--ground_weight", 2, "--beta", 0,
+                           "--temperature", 1.5, "--max_new_tokens", 32, "--consistency", 0)
+    groups = groups_with_two_turns(systems, settings)
+    seconds = [group.second for group in groups]
+    for second in seconds:
+        second.advantages = torch.tensor([1.5, -0.5, -0.5, -0.5])
+
+    def gains():
+        sums = []
+        for second in seconds:
+            with torch.no_grad():
+                logp, _ = systems.policy.logprobs(second.prompt, second.completions, 1.5)
+            means = (logp * second.mask).sum(1) / second.mask.sum(1)
+            sums.append(float((means * second.advantages).sum()))
+        return sums
+
+    before = gains()
+    optimizer = train.start_optimizer(systems.policy, replace(settings, lr=1e-4))
+    row = train.update(0, systems, optimizer, groups, settings, watch_of("rollout"))
+    for earlier, later in zip(before, gains()):
+        assert later > earlier + 0.01
+    for second in seconds:
+        assert second.old_logp is not None
+    # It is the second turn whose ratios have moved.
+    assert row["grounding"]["loss"] < -0.001
+
+
+def updated_weights(update, settings):
+    """The weights after update(systems, optimizer, groups), and the groups."""
+    systems = toy_systems()
+    groups = groups_with_two_turns(systems, settings)
+    for group in groups:
+        # Unlike rewards, so that there is something to learn.
+        group.advantages = torch.tensor([1.5, -0.5, -0.5, -0.5])
+    optimizer = train.start_optimizer(systems.policy, settings)
+    update(systems, optimizer, groups)
+    return {name: p.detach().clone() for name, p in systems.policy.named_parameters()}, groups
+
+
+def test_parts_of_a_batch_are_updates_of_their_own(cpu):
+    """Their ratios are to the policy that drew the batch, not to the one that the part before has left."""
+    settings = settings_of("--group", 4, "--parts", 2, "--updates", 1, "--lr", 1e-3, "--max_new_tokens", 32,
+                           "--consistency", 0, "--ground_weight", 1)
+
+    def by_hand(systems, optimizer, groups):
+        policy = systems.policy
+        for second in (False, True):
+            for group in groups:
+                turn = group.second if second else group
+                with torch.no_grad():
+                    turn.old_logp, _ = policy.logprobs(turn.prompt, turn.completions)
+        for group in groups:
+            losses = []
+            for turn in (group, group.second):
+                logp, _ = policy.logprobs(turn.prompt, turn.completions)
+                loss, _ = policy_loss(logp, turn.advantages, turn.mask, turn.old_logp, turn.reference_logp)
+                losses.append(loss)
+            sum(losses).backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def ours(systems, optimizer, groups):
+        train.update(0, systems, optimizer, groups, settings, watch_of("rollout"))
+
+    expected, _ = updated_weights(by_hand, settings)
+    found, groups = updated_weights(ours, settings)
+    for name, weight in expected.items():
+        assert torch.allclose(found[name], weight, atol=2e-5), name
+
+
+def test_parts_that_do_not_share_the_prompts_are_refused(tmp_path, monkeypatch):
+    problem = "--parts 3: the 4 prompts of a process cannot be shared by them"
+    with pytest.raises(BadInput, match=problem):
+        train.find_start(tmp_path / "run", settings_of("--parts", 3, "--batch", 8), 0, 2)
+
+
+def answers_of(*terms, fault=""):
+    """A group of the second turn."""
+    mask = torch.ones(len(terms), 3)
+    mask[0, 1:] = 0
+    rewards = np.array([sum(each.values()) for each in terms])
+    return SimpleNamespace(terms=list(terms), rewards=rewards, mask=mask, fault=fault)
+
+
+def test_the_log_of_the_second_turn_counts_each_term_where_it_belongs(cpu):
+    shown = answers_of(dict(format=1.0, iou=0.5, mismatch=0.0), dict(format=0.0, iou=0.0, mismatch=-0.5))
+    hidden = answers_of(dict(format=1.0, null=1.0), dict(format=1.0, null=0.0))
+    broken = answers_of(dict(format=1.0, null=1.0), dict(format=1.0, null=1.0), fault="broken")
+    means = grounding_means([shown, hidden, broken], cpu)
+    assert means == pytest.approx(dict(
+        reward=(1.5 - 0.5 + 2 + 1) / 4, tokens=2, format=3 / 4, iou=0.25, mismatch=-0.25, null=0.5))
+    alone = grounding_means([shown], cpu)
+    assert alone["null"] is None
+    assert alone["iou"] == 0.25
+    assert set(grounding_means([broken], cpu).values()) == {None}
+
+
 def clips_of(numbers):
     """Items to validate with: toy clips by their numbers; None cannot be read."""
     def read(number, rng):
@@ -493,9 +652,9 @@ def out_of_limits():
         values[name].append(10**10)
     values["name"].append("x" * 300)
     values["nproc"].append("9" * 20)
-    for name in ("lr", "weight_decay", "beta", "clip_high"):
+    for name in ("lr", "weight_decay", "beta", "clip_high", "ground_weight"):
         values[name] = [-0.1, math.inf, math.nan]
-    for name in ("keyframe", "saliency", "alignment", "consistency"):
+    for name in ("keyframe", "single", "saliency", "alignment", "consistency"):
         values[name] = [-math.inf, math.nan]
     for name in ("temperature", "clip_norm", "timeout_minutes"):
         values[name] = [0.0, math.inf, math.nan]
@@ -585,9 +744,9 @@ def test_a_policy_may_set_the_rest():
         "mask_prompt",
         "validate", "frames", "video_tokens", "image_tokens", "steps", "batch", "accumulate", "updates", "lr",
         "warmup", "weight_decay", "clip_norm", "lora_rank", "group", "max_new_tokens", "temperature", "top_p",
-        "top_k", "keyframe", "saliency", "alignment", "consistency", "clip_reward", "length_control", "beta",
-        "kl", "clip_low", "clip_high", "ratio", "average", "scale_by_std", "skip_equal", "dtype",
-        "checkpointing", "threads", "save_every"}
+        "top_k", "keyframe", "single", "saliency", "alignment", "consistency", "clip_reward",
+        "length_control", "beta", "kl", "clip_low", "clip_high", "ratio", "average", "scale_by_std",
+        "skip_equal", "ground_weight", "dtype", "checkpointing", "threads", "save_every"}
     names = {field.name for field in dataclasses.fields(train.Settings)}
     assert names - BY_USER == rest
 
