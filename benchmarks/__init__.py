@@ -29,7 +29,9 @@ class Entry:
 
 # An alias holds before the name of a later benchmark: --data refcocog means refcocog_2k_840.
 BENCHMARKS = (
-    Entry("toy", "toy.TOY", "", ("train", "test", "pairs", "long"), "test"),
+    Entry("toy", "toy.TOY", "",
+          ("train", "test", "pairs", "long", "crowd", "reasoning", "absent", "heard", "silent", "swapped"),
+          "test"),
     Entry("revos", "revos.REVOS", "revos", ("train", "valid"), "valid"),
     Entry("mevis", "mevis.MEVIS", "mevis", ("train", "valid_u", "valid"), "valid_u"),
     Entry("refavs", "refavs.REFAVS", "refavs", ("train", "val", "test_s", "test_u", "test_n"),
@@ -52,6 +54,7 @@ BENCHMARKS = (
     Entry("videomme", "videomme.VIDEOMME", "videomme", ("test",), "test"),
     Entry("mvbench", "mvbench.MVBENCH", "mvbench", ("test",), "test"),
     Entry("daily_omni", "daily_omni.DAILY_OMNI", "daily_omni", ("test",), "test"),
+    Entry("toy_four", "toy.TOY_FOUR", "", ("train",)),
 )
 
 

@@ -3,16 +3,24 @@
 A clip is made from its split and its index alone. Each colour has a pitch and each shape a timbre, so that
 the sound tells which object makes it. The splits:
 
-    train   8 to 16 frames
-    test    the same distribution
-    pairs   one object has a pair of colour and shape that no other split shows
-    long    17 to 24 frames
+    train       8 to 16 frames
+    test        the same distribution
+    pairs       one object has a pair of colour and shape that no other split shows
+    long        17 to 24 frames
+    crowd       five objects; no other split has more than four
+    reasoning   reasoning queries only
+    absent      null queries only
+    heard       sound queries only
+    silent      the clips of heard, without their soundtrack
+    swapped     the clips of heard, each with the soundtrack of another one
+
+The benchmark toy_four is the split train again, but with the reasoning queries of HELD_OUT never asked.
 
 Letters: O things, T frames, H W pixels (both CANVAS).
 """
 import gc
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -42,7 +50,21 @@ OVERTONES = {
     "square": {1: 1.0, 3: 0.6, 5: 0.4},
     "triangle": {1: 1.0, 2: 1.0},
 }
-TOY_SPLITS = ("train", "test", "pairs", "long")
+TOY_SPLITS = (
+    "train", "test", "pairs", "long", "crowd", "reasoning", "absent", "heard", "silent", "swapped",
+)
+# The one kind of query that a split asks, wherever a scene has one.
+ONE_KIND = {
+    "reasoning": "reasoning",
+    "absent": "null",
+    "heard": "sound",
+    "silent": "sound",
+    "swapped": "sound",
+}
+# What reasoning queries ask for, "the object that ...", and what a policy may narrate of a thing.
+RELATIONS = ("enters last", "leaves first", "moves fastest", "stays longest", "grows", "shrinks")
+# Reasoning queries that toy_four never asks.
+HELD_OUT = ("the object that leaves first", "the object that moves fastest")
 TOY_KINDS = ("referring", "reasoning", "sound", "null")
 # How often a clip's query is of each kind.
 KIND_SHARES = {"referring": 0.3, "reasoning": 0.3, "sound": 0.4, "null": 0.06}
@@ -98,6 +120,8 @@ def generator(split: str, index: int) -> np.random.Generator:
 
 def toy_scene(split: str, index: int) -> Scene:
     """The scene of a toy clip. The order of the draws is fixed: another order makes other clips."""
+    if split in ("silent", "swapped"):
+        split = "heard"
     rng = generator(split, index)
     least, most = (17, 24) if split == "long" else (8, 16)
     T = int(rng.integers(least, most + 1))
@@ -106,7 +130,7 @@ def toy_scene(split: str, index: int) -> Scene:
         for shape in SHAPES:
             if (colour, shape) not in UNSEEN_PAIRS:
                 pairs.append((colour, shape))
-    count = rng.integers(2, 5)
+    count = 5 if split == "crowd" else rng.integers(2, 5)
     chosen = [pairs[i] for i in rng.choice(len(pairs), count, replace=False)]
     if split == "pairs":
         chosen[0] = UNSEEN_PAIRS[rng.integers(len(UNSEEN_PAIRS))]
@@ -126,7 +150,9 @@ def toy_scene(split: str, index: int) -> Scene:
     pictures = (pictures + noise).clip(0, 255).astype(np.uint8)
     masks = np.stack([owner == i for i in range(len(things))])
     sounding = None
-    if rng.random() < 0.7:
+    if split == "heard":
+        sounding = int(rng.choice(np.flatnonzero(masks.any((1, 2, 3)))))
+    elif rng.random() < 0.7:
         sounding = int(rng.integers(len(things)))
     return Scene(things, pictures, masks, sounding)
 
@@ -225,23 +251,29 @@ def looks(scene):
     return queries
 
 
-def superlatives(scene):
-    """Reasoning queries: the thing with the highest score, if the score is 1 or more above the second."""
-    things = scene.things
+def stays(scene):
+    """[O] first and last frame on which each thing is visible, and how much its radius grows in between.
+
+    A thing that never is has T, -1 and 0. Growth is in pixels.
+    """
     seen = scene.masks.any(axis=(2, 3))
     T = seen.shape[1]
-    # [O] first and last frame on which each thing is visible; T and -1 if it never is.
     first = np.where(seen.any(1), seen.argmax(1), T)
     last = np.where(seen.any(1), T - 1 - seen[:, ::-1].argmax(1), -1)
-    # [O] growth of the radius, in pixels, from the first to the last of these frames.
     grown = []
-    for thing, start, end in zip(things, first, last):
+    for thing, start, end in zip(scene.things, first, last):
         grown.append(thing.radius[end] - thing.radius[min(start, T - 1)])
-    grown = np.array(grown)
+    return first, last, np.array(grown)
+
+
+def superlatives(scene):
+    """Reasoning queries: the thing with the highest score, if the score is 1 or more above the second."""
+    seen = scene.masks.any(axis=(2, 3))
+    first, last, grown = stays(scene)
     scores = {
         "the object that enters last": first,
         "the object that leaves first": -last,
-        "the object that moves fastest": [thing.speed / 2 for thing in things],
+        "the object that moves fastest": [thing.speed / 2 for thing in scene.things],
         "the object that stays longest": seen.sum(1),
         "the object that grows": 2 * (grown >= 1),
         "the object that shrinks": 2 * (grown <= -1),
@@ -254,6 +286,24 @@ def superlatives(scene):
         if best - second >= 1 and best != 0:
             queries.append(("reasoning", query, int(order[-1])))
     return queries
+
+
+def relations(scene: Scene) -> list[list[str]]:
+    """Of each thing the RELATIONS that hold of it: it is the one with that superlative, or grows or shrinks.
+
+    A thing grows or shrinks from 1 pixel on, whether or not it is the only one.
+    """
+    found = {query: thing for _, query, thing in superlatives(scene)}
+    _, _, grown = stays(scene)
+    held = []
+    for o, growth in enumerate(grown):
+        own = [relation for relation in RELATIONS[:4] if found.get(f"the object that {relation}") == o]
+        if growth >= 1:
+            own.append("grows")
+        if growth <= -1:
+            own.append("shrinks")
+        held.append(own)
+    return held
 
 
 def absences(scene):
@@ -272,26 +322,47 @@ def absences(scene):
 
 
 # ---- clips -----------------------------------------------------------------------------------------
-def toy_clip(split: str, index: int) -> Clip:
-    """The clip of a split and an index: first the kind of its query is drawn, then the query.
+def toy_clip(split: str, index: int, left_out: tuple = ()) -> Clip:
+    """The clip of a split and an index. left_out: queries that are not asked.
 
     Raises BadInput for an unknown split.
     """
     if split not in TOY_SPLITS:
         raise BadInput(f"unknown toy split: {split} (one of {', '.join(TOY_SPLITS)})")
-    rng = generator(split + " query", index)
     scene = toy_scene(split, index)
+    clip = scene_clip(scene, f"{split}/{index}", *draw_query(scene, split, index, left_out))
+    if split == "silent":
+        clip = replace(clip, sound=None)
+    if split == "swapped":
+        clip = replace(clip, sound=other_sound(scene, index))
+    return clip
+
+
+def draw_query(scene, split, index, left_out=()) -> tuple:
+    """(kind, query, index of the thing or None) of a clip: first the kind is drawn, then the query."""
+    rng = generator(split + " query", index)
     queries = {}
     for kind, query, target in toy_queries(scene):
         # The split "pairs" asks for the unseen pair, which is thing 0.
-        if split != "pairs" or target in (0, None):
+        if query not in left_out and (split != "pairs" or target in (0, None)):
             queries.setdefault(kind, []).append((query, target))
     kinds = [kind for kind in TOY_KINDS if kind in queries]
+    if ONE_KIND.get(split) in kinds:
+        kinds = [ONE_KIND[split]]
     shares = np.array([KIND_SHARES[kind] for kind in kinds])
     kind = kinds[rng.choice(len(kinds), p=shares / shares.sum())]
     choices = queries[kind]
     query, target = choices[rng.integers(len(choices))]
-    return scene_clip(scene, f"{split}/{index}", kind, query, target)
+    return kind, query, target
+
+
+def other_sound(scene, index):
+    """The soundtrack of the next clip of heard in which another thing sounds, cut or repeated to fit."""
+    other = scene
+    while other.things[other.sounding].name == scene.things[scene.sounding].name:
+        index += 1
+        other = toy_scene("heard", index)
+    return np.resize(other.sound, len(scene.sound))
 
 
 def scene_clip(scene: Scene, name: str, kind: str, query: str, target: int | None) -> Clip:
@@ -328,26 +399,26 @@ class ToySample(Sample):
 
 
 @lru_cache(maxsize=16)
-def recent_clip(split, index):
+def recent_clip(split, index, left_out):
     """toy_clip, made once for several reads of a sample in a row."""
-    return toy_clip(split, index)
+    return toy_clip(split, index, left_out)
 
 
-def toy_masks(split, index, indices=None):
+def toy_masks(split, index, left_out, indices=None):
     """bool [1, T, H, W] of the clip's target, on all frames or on these."""
-    masks = recent_clip(split, index).masks
+    masks = recent_clip(split, index, left_out).masks
     return masks if indices is None else masks[:, indices]
 
 
-def read_toy(root: str, split: str) -> list[Sample]:
-    """The samples of a split; nothing is rendered yet."""
+def read_toy(root: str, split: str, left_out: tuple = ()) -> list[Sample]:
+    """The samples of a split; nothing is rendered yet. left_out: as in toy_clip."""
     count = 100_000 if split == "train" else 1000
     samples = []
     # Nothing is garbage here, but the search for it would take most of the time.
     gc.disable()
     for index in range(count):
-        make = partial(recent_clip, split, index)
-        read_masks = partial(toy_masks, split, index)
+        make = partial(recent_clip, split, index, left_out)
+        read_masks = partial(toy_masks, split, index, left_out)
         sample = ToySample("vos", "toy", f"{split}/{index}", "0", [], read_masks, make=make)
         samples.append(sample)
     gc.enable()
@@ -356,5 +427,10 @@ def read_toy(root: str, split: str) -> list[Sample]:
 
 TOY = Benchmark(
     read=read_toy,
+    usual=200,
+)
+
+TOY_FOUR = Benchmark(
+    read=partial(read_toy, left_out=HELD_OUT),
     usual=200,
 )

@@ -1,4 +1,5 @@
 """The toy world: what is seen and heard in its scenes, its queries against a slow twin, and its samples."""
+import hashlib
 import pickle
 
 import numpy as np
@@ -9,13 +10,17 @@ from benchmarks.samples import load
 from benchmarks.toy import (
     CANVAS,
     COLOURS,
+    HELD_OUT,
     OVERTONES,
     PITCH,
+    RELATIONS,
     TOY_KINDS,
     TOY_SPLITS,
     UNSEEN_PAIRS,
+    draw_query,
     inside,
     read_toy,
+    relations,
     toy_clip,
     toy_queries,
     toy_scene,
@@ -54,11 +59,25 @@ def test_clips_follow_from_split_and_index(split):
         assert np.array_equal(a.frames[t], b.frames[t])
 
     other_clips = [toy_clip(split, 4)]
+    # These show the same clips and differ in their sound.
+    alike = ("heard", "silent", "swapped")
     for other_split in TOY_SPLITS:
-        if other_split != split:
+        if other_split != split and not (split in alike and other_split in alike):
             other_clips.append(toy_clip(other_split, 3))
     for other in other_clips:
         assert not np.array_equal(a.frames[0], other.frames[0])
+
+
+def test_the_clips_of_published_figures_stay_what_they_are():
+    """Other draws would make other clips, and the README's figures would be of clips that are gone."""
+    seen = hashlib.sha256()
+    for split in ("train", "test", "pairs", "long"):
+        for index in range(4):
+            clip = toy_clip(split, index)
+            pixels = int(clip.masks.sum())
+            facts = (clip.name, clip.kind, clip.query, clip.masks.shape, pixels, len(clip.sound))
+            seen.update(repr(facts).encode())
+    assert seen.hexdigest()[:16] == "b5f922438c79ffb8"
 
 
 def test_an_unknown_split_is_named():
@@ -252,6 +271,94 @@ def test_clips_ask_one_query_of_their_scene(scenes):
         assert np.array_equal(clip.sound, scene.sound)
         assert (clip.size, clip.fps) == ((128, 128), 2.0)
     assert kinds == set(TOY_KINDS)
+
+
+def test_relations_are_what_reasoning_queries_ask_for(scenes):
+    """Superlatives hold of the one right answer. Growing and shrinking hold of any thing that does."""
+    found = set()
+    for scene in scenes.values():
+        held = relations(scene)
+        targets = {query: target for kind, query, target in toy_queries(scene) if kind == "reasoning"}
+        for relation in RELATIONS:
+            query = f"the object that {relation}"
+            ours = [i for i, own in enumerate(held) if relation in own and scene.masks[i].any()]
+            if relation in ("grows", "shrinks"):
+                assert query not in targets or ours == [targets[query]]
+            else:
+                assert ours == ([targets[query]] if query in targets else [])
+            found |= {relation} if ours else set()
+        for thing, mask, own in zip(scene.things, scene.masks, held):
+            if mask.any():
+                radius = thing.radius[mask.any((1, 2))]
+                assert ("grows" in own) == (radius[-1] - radius[0] >= 1)
+                assert ("shrinks" in own) == (radius[0] - radius[-1] >= 1)
+    assert found == set(RELATIONS)
+
+
+# ---- splits of the studies -------------------------------------------------------------------------
+def test_a_crowd_has_five_things_on_clips_of_usual_length():
+    for index in range(6):
+        scene = toy_scene("crowd", index)
+        assert len({thing.name for thing in scene.things}) == 5
+        assert 8 <= len(scene.pictures) <= 16
+
+
+@pytest.mark.parametrize("split,kind", [("reasoning", "reasoning"), ("absent", "null"), ("heard", "sound")])
+def test_a_split_of_one_kind_asks_it_wherever_it_can(split, kind):
+    asked = 0
+    for index in range(12):
+        scene = toy_scene(split, index)
+        can = kind in {entry[0] for entry in toy_queries(scene)}
+        assert (draw_query(scene, split, index)[0] == kind) == can
+        asked += can
+    assert asked >= 11
+    assert asked == 12 or split == "reasoning"
+
+
+def test_without_sound_and_with_another_only_the_sound_differs():
+    for index in range(4):
+        heard, silent, swapped = [toy_clip(split, index) for split in ("heard", "silent", "swapped")]
+        assert heard.query == silent.query == swapped.query == "the object that makes the sound"
+        assert heard.masks.any()
+        assert np.array_equal(heard.masks, silent.masks)
+        assert np.array_equal(heard.masks, swapped.masks)
+        assert np.array_equal(heard.frames[2], swapped.frames[2])
+        assert silent.sound is None
+        assert swapped.sound.shape == heard.sound.shape
+        scene = toy_scene("heard", index)
+        target = scene.things[scene.sounding]
+        # What is heard is the target's tone in one of them only: that of its colour and overtones.
+        assert spectrum_has(heard.sound, target)
+        assert not spectrum_has(swapped.sound, target)
+
+
+def spectrum_has(sound, thing):
+    """Whether the loudest tones are those of a thing: its pitch, with the multiples of its shape."""
+    spectrum = abs(np.fft.rfft(sound))
+    frequencies = np.fft.rfftfreq(len(sound), 1 / SAMPLE_RATE)
+    heights = {}
+    for multiple in (1, 2, 3):
+        near = abs(frequencies - multiple * PITCH[thing.colour]) < 15
+        heights[multiple] = spectrum[near].max()
+    loud = {multiple for multiple, height in heights.items() if height > 0.2 * spectrum.max()}
+    return loud == set(OVERTONES[thing.shape]) & {1, 2, 3}
+
+
+def test_toy_four_asks_other_queries_of_the_training_clips():
+    samples = find_benchmark("toy_four").read("", "train")
+    whole = read_toy("", "train")
+    assert len(samples) == len(whole)
+    asked = set()
+    changed = 0
+    for ours, theirs in zip(samples[:60], whole):
+        assert np.array_equal(load(ours).frames[0], load(theirs).frames[0])
+        assert ours.query not in HELD_OUT
+        assert np.array_equal(ours.read_masks(), load(ours).masks)
+        asked.add(ours.kind)
+        changed += theirs.query in HELD_OUT
+    assert asked == set(TOY_KINDS)
+    assert changed > 3
+    assert set(HELD_OUT) < {f"the object that {relation}" for relation in RELATIONS}
 
 
 # ---- the benchmark ---------------------------------------------------------------------------------
