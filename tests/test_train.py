@@ -641,14 +641,14 @@ def out_of_limits():
         frames=["0", "", "24,8", "0,8", "8,", "1,2,3", "many", "-1"])
     if not torch.cuda.is_available():
         values["device"].append("cuda")
-    for name in ("steps", "batch", "accumulate", "updates", "max_new_tokens", "save_every", "keep",
+    for name in ("steps", "batch", "accumulate", "updates", "parts", "max_new_tokens", "save_every", "keep",
                  "look_every", "prompt_tokens"):
         values[name] = [0]
     for name in ("seed", "warmup", "top_k", "lora_rank", "threads", "workers", "validate", "video_tokens",
                  "image_tokens"):
         values[name] = [-1]
-    for name in ("batch", "accumulate", "updates", "group", "max_new_tokens", "steps", "seed", "lora_rank",
-                 "threads", "workers", "video_tokens", "image_tokens"):
+    for name in ("batch", "accumulate", "updates", "parts", "group", "max_new_tokens", "steps", "seed",
+                 "lora_rank", "threads", "workers", "video_tokens", "image_tokens"):
         values[name].append(10**10)
     values["name"].append("x" * 300)
     values["nproc"].append("9" * 20)
@@ -742,9 +742,9 @@ def test_a_policy_sets_nothing_that_is_read_or_written(name, tmp_path, capsys):
 def test_a_policy_may_set_the_rest():
     rest = {
         "mask_prompt",
-        "validate", "frames", "video_tokens", "image_tokens", "steps", "batch", "accumulate", "updates", "lr",
-        "warmup", "weight_decay", "clip_norm", "lora_rank", "group", "max_new_tokens", "temperature", "top_p",
-        "top_k", "keyframe", "single", "saliency", "alignment", "consistency", "clip_reward",
+        "validate", "frames", "video_tokens", "image_tokens", "steps", "batch", "accumulate", "updates",
+        "parts", "lr", "warmup", "weight_decay", "clip_norm", "lora_rank", "group", "max_new_tokens",
+        "temperature", "top_p", "top_k", "keyframe", "single", "saliency", "alignment", "consistency", "clip_reward",
         "length_control", "beta", "kl", "clip_low", "clip_high", "ratio", "average", "scale_by_std",
         "skip_equal", "ground_weight", "dtype", "checkpointing", "threads", "save_every"}
     names = {field.name for field in dataclasses.fields(train.Settings)}
