@@ -192,7 +192,7 @@ class Group:
     boxes: list[dict]                # G dicts {frame: boxes in source pixels}
     seed: int                        # of the rollout
     fault: str = ""                  # why the clip could not be read; then nothing of the group counts
-    old_logp: Tensor | None = None   # (G, C) at rollout; set when the batch is used more than once
+    old_logp: Tensor | None = None   # (G, C) at rollout; set where a batch has several updates
     weight: float = 1.0              # of its loss
     second: "Group | None" = None    # of the second turn, if there is one
 
@@ -320,7 +320,7 @@ def draw_request(group: Group, chosen: list[dict]) -> Clip:
     """
     clip = group.clip
     requests = sorted(set().union(*map(dict.items, chosen))) or [(0, clip.query)]
-    t, description = requests[np.random.default_rng(group.seed).integers(len(requests))]
+    t, description = requests[np.random.default_rng([group.seed, 2]).integers(len(requests))]
     return replace(clip, frames=clip.frames.pick([t]), masks=clip.masks[:, [t]], query=description,
                    task="grounding", truth={})
 

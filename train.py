@@ -99,7 +99,7 @@ class Settings:
     steps: int = setting(1000, "steps; each rolls out a batch and updates once", least=1, resumable=True)
     batch: int = setting(8, "prompts rolled out at once, over all processes", least=1, most=65_536)
     accumulate: int = setting(1, "rollouts whose gradients add up to one step", least=1, most=65_536)
-    updates: int = setting(1, "passes over a batch; with 1, no ratio is clipped", least=1, most=1000)
+    updates: int = setting(1, "passes over a batch; 1 in 1 part clips no ratio", least=1, most=1000)
     parts: int = setting(1, "of a batch, an optimizer step on each (GSPO: 4)", least=1, most=65_536)
     lr: float = setting(1e-6, "peak learning rate of AdamW", least=0)
     warmup: int = setting(10, "steps of linear warm-up, before a cosine down to 0", least=0)
@@ -265,7 +265,7 @@ from run.draw import (
 )
 from run.guard import guard
 from run.log import Watch, identity, patient_output, print_start, start_log, step_metrics, throughput
-from run.plan import print_plan
+from run.plan import check_shares, print_plan
 from run.processes import (
     gathered,
     rest_on_host,
@@ -370,11 +370,7 @@ def train(settings, rank, world, device, watch):
 
 def find_start(out, settings, rank, world):
     """(newest checkpoint or None, its run.json). Raises BadInput before an earlier run would be lost."""
-    if settings.batch % world:
-        raise BadInput(f"--batch {settings.batch} cannot be shared by {world} processes; take a multiple")
-    own = settings.batch // world * settings.accumulate
-    if own % settings.parts:
-        raise BadInput(f"--parts {settings.parts}: the {own} prompts of a process cannot be shared by them")
+    check_shares(settings, world)
     check_place(out, settings)
     checkpoint, earlier = find_checkpoint(out, settings)
     # No process writes before all have looked.
@@ -471,7 +467,9 @@ def update(step, systems, optimizer, groups, settings, watch) -> dict:
     """Step 8: `updates` passes over the `parts` of a batch -> the step's line of the log."""
     watch.begin("update")
     device = systems.policy.device
-    parts = [groups[first::settings.parts] for first in range(settings.parts)]
+    # The n-th parts of all processes hold the same prompts as the n-th part of one would.
+    size = len(groups) // settings.parts
+    parts = [groups[first:first + size] for first in range(0, len(groups), size)]
     if settings.parts > 1:
         # Before the first part moves the policy.
         remember_policy(systems, groups, settings)

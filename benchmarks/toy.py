@@ -8,9 +8,9 @@ the sound tells which object makes it. The splits:
     pairs       one object has a pair of colour and shape that no other split shows
     long        17 to 24 frames
     crowd       five objects; no other split has more than four
-    reasoning   reasoning queries only
-    absent      null queries only
-    heard       sound queries only
+    reasoning   reasoning queries, wherever a scene has one
+    absent      null queries
+    heard       sound queries
     silent      the clips of heard, without their soundtrack
     swapped     the clips of heard, each with the soundtrack of another one
 

@@ -134,10 +134,12 @@ def check_same_run(folder: Path, run: dict, settings) -> None:
     """Raises BadInput where a checkpoint has settings that a continued run may not change."""
     now = dataclasses.asdict(settings)
     resumable = resumable_names(type(settings))
+    # An earlier version may have lacked a setting. It did what the default does.
+    earlier = dataclasses.asdict(type(settings)()) | run["settings"]
     changed = []
-    for name, before in run["settings"].items():
-        if name in now and now[name] != before and name not in resumable:
-            changed.append(f"--{name} {before} -> {now[name]}")
+    for name, value in now.items():
+        if earlier[name] != value and name not in resumable:
+            changed.append(f"--{name} {earlier[name]} -> {value}")
     if changed:
         raise BadInput(f"{folder} has other settings: {', '.join(changed)}; give another --name, "
                        f"or --overwrite true")

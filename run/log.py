@@ -89,7 +89,8 @@ def step_metrics(
     """A step's line of the log: means over the completions of all processes, and this process's seconds.
 
     groups   the step's groups of this process
-    sums     for each turn what accumulate_gradients returns, added up over groups and processes
+    sums     for each turn what accumulate_gradients returns, added up over the groups of the last update
+             and over processes
     norm     the last gradient's
     skipped  how many updates were left out because their gradient was not finite
     """

@@ -23,6 +23,7 @@ from model import (
 )
 from run.settings import frame_range
 from segment import GROUNDING_TOKENS
+from trust.errors import BadInput
 from trust.options import reference_folder
 from trust.sam2_config import build_sam2, find_config
 
@@ -264,13 +265,24 @@ def number_bytes(settings) -> int:
     return 2 if settings.dtype == "bfloat16" else 4
 
 
+def check_shares(settings, world: int) -> None:
+    """Raises BadInput where a batch cannot be shared by processes, or their share by parts."""
+    if settings.batch % world:
+        raise BadInput(f"--batch {settings.batch} cannot be shared by {world} processes")
+    own = settings.batch // world * settings.accumulate
+    if own % settings.parts:
+        raise BadInput(f"--parts {settings.parts}: the {own} prompts of a process cannot be shared by them")
+
+
 def print_plan(settings, worlds: list[int]) -> None:
     """Prints GB on each device in each phase of a step, a line for each number of processes, and parts of the
     last. With --plan also estimates of its time."""
     parts = {}
     for world in worlds:
-        if settings.batch % world:
-            print(f"{world:3} x no: --batch {settings.batch} cannot be shared by {world} processes")
+        try:
+            check_shares(settings, world)
+        except BadInput as problem:
+            print(f"{world:3} x no: {problem}")
             continue
         plan = memory_plan(settings, world)
         totals = {phase: sum(parts.values()) / 1e9 for phase, parts in plan.items()}

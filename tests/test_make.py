@@ -109,7 +109,7 @@ def test_answers_can_be_read_and_written_in_few_tokens(processor):
             assert all(moment.parsed for moment in moments)
             [description] = set(keyframes(moments).values())
             assert re.search(r"target is the (\w+ \w+)", text)[1] == description
-    # training.json allows 96.
+    # So an answer of 96 tokens is long enough.
     assert longest < 90
     assert len(processor.encode_text(NULL_ANSWER)) == 1
 

@@ -907,7 +907,7 @@ def use_mixed_sources(rank):
 SHAPES = dict(one=(1, 1), two=(2, 1), four=(4, 1), nodes=(4, 2))
 FLAT = [
     "--accumulate 2 --updates 2 --ratio sequence --average token --kl k2 --skip_equal true --ground_weight 2",
-    "--lora_rank 4 --lr 1e-3 --accumulate 2 --ground_weight 0.5",
+    "--lora_rank 4 --lr 1e-3 --accumulate 2 --ground_weight 0.5 --parts 2",
 ]
 NODES = ["--average constant --scale_by_std false"]
 ALL = [

@@ -744,8 +744,9 @@ def test_a_policy_may_set_the_rest():
         "mask_prompt",
         "validate", "frames", "video_tokens", "image_tokens", "steps", "batch", "accumulate", "updates",
         "parts", "lr", "warmup", "weight_decay", "clip_norm", "lora_rank", "group", "max_new_tokens",
-        "temperature", "top_p", "top_k", "keyframe", "single", "saliency", "alignment", "consistency", "clip_reward",
-        "length_control", "beta", "kl", "clip_low", "clip_high", "ratio", "average", "scale_by_std",
+        "temperature", "top_p", "top_k", "keyframe", "single", "saliency", "alignment", "consistency",
+        "clip_reward", "length_control", "beta", "kl", "clip_low", "clip_high", "ratio", "average",
+        "scale_by_std",
         "skip_equal", "ground_weight", "dtype", "checkpointing", "threads", "save_every"}
     names = {field.name for field in dataclasses.fields(train.Settings)}
     assert names - BY_USER == rest

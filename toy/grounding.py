@@ -6,9 +6,10 @@
 pictures   System 2 is asked for the target by its plain name: on the clearest frame of it (IoU with the true
            box), and on a frame that does not show it (whether it boxes something all the same).
 frames     There is no System 1, no keyframe and no description: the policy gets the query as it is, and
-           grounds it on evenly spaced frames at the low resolution of System 1's video. Together they have as
-           many visual tokens as System 1's video and one keyframe of System 2. The first box of each frame is
-           a prompt of one object for SAM2. `eval.py --predictions OUT` scores its masks.
+           grounds it on evenly spaced frames at the low resolution of System 1's video. Together they have at
+           most as many visual tokens as System 1's video and one keyframe of System 2 (fewer where the clip
+           has too few frames). The first box of each frame is a prompt of one object for SAM2.
+           `eval.py --predictions OUT` scores its masks.
 """
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks import find_benchmark, open_split
-from benchmarks.predictions import unpredicted, write_prediction
+from benchmarks.predictions import check_claim, fingerprint, unpredicted, write_prediction
 from benchmarks.reports import write_json
 from benchmarks.samples import load
 from benchmarks.toy import draw_query, toy_scene
@@ -122,6 +123,11 @@ def segment_frames(options):
     policy = Thinker.from_pretrained(options.policy)
     system2 = thinker_system2(policy, Processor(options.policy, image_tokens=low))
     tracker = Tracker.from_pretrained("", TOY_SAM2)
+    claim = dict(system2="one system", policy=os.path.realpath(options.policy),
+                 policy_weights=fingerprint(options.policy))
+    check_claim(options.out, claim)
+    os.makedirs(options.out, exist_ok=True)
+    write_json(claim, f"{options.out}/run.json")
     samples = open_split(find_benchmark("toy"), "test", "")[:options.clips]
     for sample in tqdm(unpredicted(options.out, samples), "clips"):
         clip = load(sample)

@@ -12,6 +12,7 @@ that the study's columns need. Studies share runs. A finished run is not made ag
 
     OUT/out/RECIPE-seedN/              a training, as train.py writes it
     OUT/eval/RECIPE-seedN/EVALUATION/  results.json and the predictions
+    OUT/commands/                      what made each result
     OUT/logs/, OUT/times.jsonl         what the programs printed, and how long they took
 """
 import hashlib
@@ -31,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from trust.errors import BadInput, fail
 from trust.files import read_json
-from trust.options import TOY_POLICY, Parser, at_least, check_out
+from trust.options import TOY_POLICY, TOY_SAM2, Parser, at_least, check_out
 from trust.program import INTERRUPTED
 
 
@@ -70,7 +71,8 @@ RECIPES = {
 
 # ---- evaluations: (program, options) ---------------------------------------------------------------
 EVALUATIONS = {
-    "test": ("eval.py", "--split test"),
+    # A policy that was trained at another resolution keeps it in its directory.
+    "test": ("eval.py", "--split test --image_tokens 64"),
     "pairs": ("eval.py", "--split pairs"),
     "long": ("eval.py", "--split long"),
     "crowd": ("eval.py", "--split crowd"),
@@ -171,7 +173,7 @@ STUDIES = {
 QUICK = dict(seeds="0", clips=4, steps=2, jobs=2, out="out/study-quick")
 USUAL = dict(seeds="0,1,2", clips=200, steps=None, jobs=1, out="out/study")
 QUICK_TRAINING = {
-    "train.py": "--batch 2 --group 2 --warmup 1",
+    "train.py": "--batch 4 --group 2 --warmup 1",
     "toy/supervised.py": "--batch 2",
 }
 
@@ -208,8 +210,15 @@ def read_options(arguments=None):
 
 def facts_of_place(options) -> dict:
     """What all runs of a folder have in common."""
-    weights = Path(TOY_POLICY, "model.safetensors").read_bytes()
-    return dict(steps=options.steps, clips=options.clips, policy=hashlib.sha256(weights).hexdigest()[:12])
+    facts = dict(steps=options.steps, clips=options.clips, quick=options.quick)
+    files = dict(
+        policy=Path(TOY_POLICY, "model.safetensors"),
+        training=Path(TOY_POLICY, "training.json"),
+        sam2=Path(TOY_SAM2),
+    )
+    for name, file in files.items():
+        facts[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return facts
 
 
 def check_place(options) -> None:
@@ -237,10 +246,20 @@ class Run:
     program: str
     arguments: list
     result: Path      # is there when it is finished
+    record: Path      # holds the words of the command that made it
 
     @property
     def finished(self) -> bool:
-        return self.result.exists()
+        """Raises BadInput where the result was made by another command."""
+        if not self.result.exists():
+            return False
+        if self.record.exists() and read_json(self.record).get("command") != self.words:
+            raise BadInput(f"{self.result} was made by another command, {self.record}: give another --out")
+        return True
+
+    @property
+    def words(self) -> list[str]:
+        return [self.program, *self.arguments]
 
     @property
     def command(self) -> list[str]:
@@ -311,7 +330,7 @@ def training(recipe, seed, options) -> list[Run]:
         arguments += ["--name", name, "--workers", "1"]
     else:
         arguments += ["--out", str(folder)]
-    return [Run(name, program, arguments, folder / "config.json")]
+    return [Run(name, program, arguments, folder / "config.json", record_file(name, program, options))]
 
 
 def evaluating(recipe, seed, evaluation, options) -> list[Run]:
@@ -323,12 +342,18 @@ def evaluating(recipe, seed, evaluation, options) -> list[Run]:
     answers = ["--policy", str(policy_folder(recipe, seed, options))]
     if program == "eval.py":
         answers += ["--max_new_tokens", str(ANSWER_TOKENS)]
-    runs = [Run(name, program, [*words.split(), *answers, *clips], result)]
+    record = record_file(name, program, options)
+    runs = [Run(name, program, [*words.split(), *answers, *clips], result, record)]
     if evaluation == "frames":
         # It leaves masks, and eval.py scores them.
         scored = ["--split", "test", "--predictions", str(result.parent)]
-        runs.append(Run(name, "eval.py", [*scored, *clips], result))
+        record = record_file(name, "eval.py", options)
+        runs.append(Run(name, "eval.py", [*scored, *clips], result, record))
     return runs
+
+
+def record_file(name, program, options) -> Path:
+    return options.out / "commands" / f"{name.replace('/', '-')}-{Path(program).stem}.json"
 
 
 # ---- running ---------------------------------------------------------------------------------------
@@ -381,9 +406,13 @@ class Runner:
             if self.stopped:
                 return False
             seconds = round(time.time() - start, 1)
+            if not code and run.program != "toy/grounding.py" and not run.result.exists():
+                print(f"{run.name}: ended before it was finished; the same command goes on", flush=True)
+                return False
             if code:
                 print(f"{run.name}: failed with code {code}: {last_line(log)} (all of it: {log})", flush=True)
                 return False
+            run.record.write_text(json.dumps(dict(command=run.words)))
             print(f"{run.name}: {run.program}, {seconds / 60:.1f} minutes", flush=True)
             with open(self.out / "times.jsonl", "a") as file:
                 file.write(json.dumps(dict(name=run.name, program=run.program, seconds=seconds)) + "\n")
@@ -437,7 +466,8 @@ def print_plan(chains, options) -> None:
 # ---- the program -----------------------------------------------------------------------------------
 def run_studies(studies, options) -> bool:
     """Runs what is missing. Returns whether all of it could be finished."""
-    (options.out / "logs").mkdir(parents=True, exist_ok=True)
+    for folder in ("logs", "commands"):
+        (options.out / folder).mkdir(parents=True, exist_ok=True)
     (options.out / "study.json").write_text(json.dumps(facts_of_place(options)))
     chains = plan(studies, options)
     print(estimate(chains, options), flush=True)
@@ -447,10 +477,10 @@ def run_studies(studies, options) -> bool:
 def main(arguments=None):
     options = read_options(arguments)
     studies = chosen_studies(options)
-    if options.plan:
-        return print_plan(plan(studies, options), options)
     whole = True
     try:
+        if options.plan:
+            return print_plan(plan(studies, options), options)
         if options.name not in ("table", "figure"):
             whole = run_studies(studies, options)
         # Slow to import.

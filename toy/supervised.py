@@ -27,6 +27,9 @@ from trust.options import TOY_POLICY, Parser, at_least, check_out, check_policy_
 from trust.program import begin_program
 
 
+TRAINING_CLIPS = 100_000    # of the split train
+
+
 def read_options(arguments=None):
     """The options of the command line. Exits with code 2 and one line where one cannot be right."""
     parser = Parser(description=__doc__)
@@ -46,10 +49,16 @@ def read_options(arguments=None):
     try:
         check_policy_folder(options.policy)
         check_out(options.out)
+        if os.path.exists(options.out):
+            raise BadInput(f"{options.out} exists; give another --out")
         advice = read_json(os.path.join(options.policy, "training.json"))
         for name in ("steps", "batch", "updates"):
             if getattr(options, name) is None:
                 setattr(options, name, advice.get(name, 1))
+        if not 0 < options.lr < 1:
+            raise BadInput(f"--lr {options.lr} must be between 0 and 1")
+        if options.steps * options.batch > TRAINING_CLIPS:
+            raise BadInput(f"--steps {options.steps} of {options.batch} clips are more than {TRAINING_CLIPS}")
     except (OSError, BadInput) as error:
         sys.exit(fail(error))
     return options
@@ -71,7 +80,6 @@ from rewards import mask_box
 from toy.lessons import box_answer, right_answer, scene_accounts
 from toy.make_policy import supervised_loss
 
-TRAINING_CLIPS = 100_000    # of the split train
 WARMUP = 0.1                # share of the updates
 CLIP_NORM = 5.0
 WEIGHT_DECAY = 0.01
@@ -145,12 +153,13 @@ def train(options):
         optimizer.zero_grad()
         if n % 20 == 0 or n == total - 1:
             print(f"{n} of {total}: loss {loss.item():.3f}", flush=True)
-    partial = f"{options.out}.partial"
+    # "a/" is "a".
+    out = Path(options.out)
+    partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     thinker.save_pretrained(partial)
     processor.save(partial)
-    shutil.rmtree(options.out, ignore_errors=True)
-    os.replace(partial, options.out)
+    os.replace(partial, out)
 
 
 def main(arguments=None):

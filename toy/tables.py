@@ -155,7 +155,9 @@ def value_table(study, files: dict) -> str:
         for column in study.columns:
             seeds = measured(own, column)
             means = [float(np.mean(list(seed.values()))) for seed in seeds]
-            cells.append(cell(*over_seeds(means)) if means else "")
+            text = cell(*over_seeds(means)) if means else ""
+            missing = len(own[column.evaluation]) - len(means)
+            cells.append(f"{text} ({missing} of the seeds missing)" if means and missing else text)
         lines.append(table_row([label, *cells]))
     return "\n".join(lines)
 
@@ -169,7 +171,8 @@ def difference_table(study, files: dict) -> str:
         for column in study.columns:
             ours = measured(files[label], column)
             theirs = measured(files[first], column)
-            cells.append(cell(*over_clips(ours, theirs), sign="+") if ours and theirs else "")
+            shared = mean_of_seeds(ours).keys() & mean_of_seeds(theirs).keys()
+            cells.append(cell(*over_clips(ours, theirs), sign="+") if shared else "")
         lines.append(table_row([label, *cells]))
     return "\n".join(lines)
 
@@ -184,6 +187,8 @@ def narration_table(files: dict) -> str:
         cells = []
         for own in files.values():
             scores = [narrated_right(rows_of(path), relation) for path in own["reasoning"] if path.exists()]
+            if not scores:
+                cells += [""] * 3
             for several in zip(*scores):
                 cells.append(cell(*over_seeds(several)))
         lines.append(table_row([relation, *cells]))
@@ -224,7 +229,8 @@ def chance_lines(study, files: dict) -> str:
         scores = mean_of_seeds(measured(own, study.columns[0]))
         if scores:
             score, named = chance(scores)
-            lines.append(f"{label}, any visible thing: J&F {score:.1f}, named {named:.1f}")
+            which = "any visible thing, segmented perfectly where it is another"
+            lines.append(f"{label}, {which}: J&F {score:.1f}, named {named:.1f}")
     return "\n".join(lines)
 
 
