@@ -99,7 +99,7 @@ class Settings:
     steps: int = setting(1000, "steps; each rolls out a batch and updates once", least=1, resumable=True)
     batch: int = setting(8, "prompts rolled out at once, over all processes", least=1, most=65_536)
     accumulate: int = setting(1, "rollouts whose gradients add up to one step", least=1, most=65_536)
-    updates: int = setting(1, "passes over a batch; 1 in 1 part clips no ratio", least=1, most=1000)
+    updates: int = setting(1, "passes over a batch; a single update clips no ratio", least=1, most=1000)
     parts: int = setting(1, "of a batch, an optimizer step on each (GSPO: 4)", least=1, most=65_536)
     lr: float = setting(1e-6, "peak learning rate of AdamW", least=0)
     warmup: int = setting(10, "steps of linear warm-up, before a cosine down to 0", least=0)
@@ -483,7 +483,7 @@ def update(step, systems, optimizer, groups, settings, watch) -> dict:
         else:
             skipped += 1
         optimizer.zero_grad()
-    sums = [sums_over_processes(part, device) for part in sums]
+    sums = [sums_over_processes(of_turn, device) for of_turn in sums]
     watch.end()
     row = step_metrics(step, groups, sums, norm, skipped, watch, optimizer, device)
     return row | dict(speed=throughput(groups, watch.seconds, systems, settings, device))
