@@ -384,6 +384,10 @@ def time_plan(settings, world: int, gpu: str, thinker: Thinker, side: int = 1024
         # A visual token is four patches.
         rollout += read(B, P, 4 * P) + draw(B, G, P, C)
         operations += B * pass_operations(thinker, P, G, C)
+    updating = settings.updates * operations / UPDATING
+    if settings.parts > 1:
+        # Before the first part, the log-probabilities that the ratios of all parts refer to.
+        updating += operations / 3 / READING
     tracked = requests * frame_range(settings.frames)[1] * OBJECT_ON_A_FRAME * (side / 1024) ** 2
     times = dict(
         rollout=rollout,
@@ -391,7 +395,7 @@ def time_plan(settings, world: int, gpu: str, thinker: Thinker, side: int = 1024
         reference=operations / 3 / READING / arithmetic if settings.beta else 0.0,
         masks=tracked / FOLLOWING / arithmetic if settings.consistency else 0.0,
         rewards=B * G * REWARD,
-        update=settings.updates * operations / UPDATING / arithmetic,
+        update=updating / arithmetic,
     )
     return {phase: settings.accumulate * seconds for phase, seconds in times.items()}
 

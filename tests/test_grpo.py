@@ -428,6 +428,8 @@ def test_the_second_turn_answers_one_request_of_the_first(twice):
     shown = next(t for t in range(len(clip.frames)) if clip.frames[t] == asked.frames[0])
     assert (shown, asked.query) in {pair for frames in requests for pair in frames.items()}
     second = group.second
+    # It must not keep the whole clip in memory.
+    assert second.clip is None
     # What it is shown is what System 2 is shown.
     seen = []
     onlooker = SimpleNamespace(embed=seen.extend, generate=lambda *_, **__: [])

@@ -519,6 +519,10 @@ def test_times_follow_the_limits_of_a_gpu(monkeypatch, capsys):
     for phase in ("rollout", "reference", "update"):
         assert times[phase] < grounding[phase] < 1.2 * times[phase]
     assert grounding["grounding"] == times["grounding"]
+    # An update in parts reads the batch once more, before them.
+    parts = time_plan(replace(settings, parts=4), 8, "H200", thinker)
+    once_more = times["reference"]
+    assert parts["update"] == pytest.approx(times["update"] + once_more)
     other = replace(settings, accumulate=2, beta=0.0, consistency=0.0)
     twice = time_plan(other, 8, "H200", thinker)
     assert twice["update"] == 2 * times["update"]

@@ -33,22 +33,11 @@ def supervised_loss(thinker, processor, readings, inputs, answers, marks):
     shapes they show and which are asked for; after its second, whether they show the very thing. To bring
     these together is the one step that a small model is slow to find by itself.
     """
-    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ids = []
-    for answer in answers:
-        ids.append(torch.tensor(processor.tokenizer.encode(answer, add_special_tokens=False) + [end]))
-    lengths = torch.tensor([len(i) for i in ids])
+    ids = [answer_ids(processor, answer) for answer in answers]
+    lengths = torch.tensor([len(own) for own in ids])
     padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)    # (B, C)
     prompts = thinker.embed(inputs)
-    layers = []    # hidden states (B S, D) after each of the first two
-
-    def keep(module, given, hidden):
-        layers.append(hidden)
-
-    hooks = [layer.register_forward_hook(keep) for layer in thinker.model.layers[:2]]
-    logp, _ = thinker(prompts, padded)
-    for hook in hooks:
-        hook.remove()
+    logp, layers = watched_logprobs(thinker, prompts, padded)
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
     likelihood = (logp * mask).sum() / mask.sum()
     which = [i for i, mark in enumerate(marks) if mark is not None]
@@ -56,6 +45,26 @@ def supervised_loss(thinker, processor, readings, inputs, answers, marks):
         return -likelihood, torch.zeros(())
     first, second = [visual_tokens(processor, hidden, prompts, which) for hidden in layers]
     return -likelihood, reading_loss(readings, first, second, [marks[i] for i in which])
+
+
+def answer_ids(processor, answer):
+    """The tokens of an answer and of the message's end, int64 (n,)."""
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return torch.tensor([*processor.tokenizer.encode(answer, add_special_tokens=False), end])
+
+
+def watched_logprobs(thinker, prompts, answers):
+    """(log-probabilities (B, C), hidden states (B S, D) after each of the first two layers)."""
+    layers = []
+
+    def keep(module, given, hidden):
+        layers.append(hidden)
+
+    hooks = [layer.register_forward_hook(keep) for layer in thinker.model.layers[:2]]
+    logp, _ = thinker(prompts, answers)
+    for hook in hooks:
+        hook.remove()
+    return logp, layers
 
 
 def visual_tokens(processor, hidden, prompts, which):
@@ -99,30 +108,36 @@ def train_towers(thinker, pool, steps, batch):
     for step in range(steps):
         videos = [pool.videos[i] for i in rng.integers(len(pool.videos), size=batch)]
         pictures = [pool.pictures[i] for i in rng.integers(len(pool.pictures), size=batch // 2)]
-        inputs = [replace(video.media, patches=video.media.patches.float()) for video in videos]
-        for picture in pictures:
-            image = Image.fromarray(picture.pixels)
-            inputs.append(pool.processor.image_inputs(grounding_prompt(""), image))
-        seen = torch.cat(thinker.see(inputs))
-        heard = torch.cat(thinker.hear(inputs))
-        sources = [*videos, *pictures]
-        shown = torch.cat([source.shown for source in sources])
-        boxes = torch.cat([source.boxes for source in sources])
-        there = boxes >= 0
-        shown_loss = 5 * F.binary_cross_entropy_with_logits(heads["shown"](seen), shown.float())
-        # Colours are seen soon. Shapes, at a video's resolution, are not without this term.
-        shape_loss = 2 * F.binary_cross_entropy_with_logits(heads["shape"](seen), shapes_of(shown))
-        box_loss = 5 * F.smooth_l1_loss(heads["box"](seen)[there], boxes[there], beta=0.02)
-        kinds = torch.cat([video.heard for video in videos])
-        heard_loss = 0.2 * F.cross_entropy(heads["heard"](heard), kinds)
-        loss = shown_loss + shape_loss + box_loss + heard_loss
-        optimizers.step(loss, ramp(step, steps, 50, 0.4))
+        losses, recall = tower_losses(thinker, pool.processor, heads, videos, pictures)
+        optimizers.step(sum(losses.values()), ramp(step, steps, 50, 0.4))
         if step % 50 == 0 or step == steps - 1:
-            # With the weights after the step.
-            right = (heads["shown"](seen) > 0) & shown
-            print(f"towers {step}: shown {shown_loss.item():.3f} (recall {right.sum() / shown.sum():.2f}) "
-                  f"box {box_loss.item():.4f} heard {heard_loss.item():.3f} {time.time() - start:.0f} s",
-                  flush=True)
+            values = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+            print(f"towers {step}: {values} recall {recall:.2f} {time.time() - start:.0f} s", flush=True)
+
+
+def tower_losses(thinker, processor, heads, videos, pictures):
+    """({name: loss}, share of the kinds shown that the tokens tell) of videos and pictures of the pool."""
+    inputs = [replace(video.media, patches=video.media.patches.float()) for video in videos]
+    for picture in pictures:
+        image = Image.fromarray(picture.pixels)
+        inputs.append(processor.image_inputs(grounding_prompt(""), image))
+    sources = [*videos, *pictures]
+    seen = torch.cat(thinker.see(inputs))                          # (visual tokens, D)
+    heard = torch.cat(thinker.hear(inputs))                        # (audio tokens, D)
+    shown = torch.cat([source.shown for source in sources])        # (visual tokens, 2 K)
+    boxes = torch.cat([source.boxes for source in sources])        # (visual tokens, 8)
+    kinds = torch.cat([video.heard for video in videos])           # (audio tokens,)
+    there = boxes >= 0
+    logits = heads["shown"](seen)
+    losses = dict(
+        shown=5 * F.binary_cross_entropy_with_logits(logits, shown.float()),
+        # Colours are seen soon. Shapes, at a video's resolution, are not without this term.
+        shape=2 * F.binary_cross_entropy_with_logits(heads["shape"](seen), shapes_of(shown)),
+        box=5 * F.smooth_l1_loss(heads["box"](seen)[there], boxes[there], beta=0.02),
+        heard=0.2 * F.cross_entropy(heads["heard"](heard), kinds),
+    )
+    right = (logits > 0) & shown
+    return losses, (right.sum() / shown.sum()).item()
 
 
 def shapes_of(shown):
