@@ -20,15 +20,23 @@ from toy.lessons import (
 )
 from toy.make import main
 from toy.make_policy import new_policy
-from toy.pool import Pool, pair_boxes
+from toy.pool import Pool, pair_boxes, pair_changes
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    """That of a policy made now."""
-    path = tmp_path_factory.mktemp("policy")
-    new_policy(path)
-    return Processor(path)
+def new(tmp_path_factory):
+    """(a random Thinker, its Processor): a policy made now."""
+    return new_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def thinker(new):
+    return new[0]
+
+
+@pytest.fixture(scope="module")
+def processor(new):
+    return new[1]
 
 
 # ---- lessons ---------------------------------------------------------------------------------------
@@ -127,11 +135,28 @@ def test_boxes_of_a_pair_of_frames():
     assert np.allclose(np.multiply(boxes, 128), [64, 32, 95, 63, -128, -128, -128, -128])
 
 
+def test_changes_of_a_pair_of_frames():
+    """What is seen for the first time, and what was last seen two frames before."""
+    red = Account("red circle", 2, 3, 2, [])
+    blue = Account("blue square", 0, 5, 0, [])
+    expected = {
+        0: [("entered", 0, "blue square")],
+        2: [("entered", 0, "red circle")],
+        4: [("left", 1, "red circle")],
+    }
+    for t, changes in expected.items():
+        found = pair_changes([red, blue], [t, t + 1]).view(2, 2, len(KINDS))
+        told = []
+        for what, side, kind in found.nonzero().tolist():
+            told.append((("entered", "left")[what], side, KINDS[kind]))
+        assert told == changes
+
+
 def test_text_alone_asks_for_what_the_given_part_tells(processor):
     """The prompt ends with the times; the answer begins with what follows from them."""
     pool = Pool(processor, [], seed=0)
-    inputs, answers, _ = pool.texts_batch(20)
-    for prompt, answer in zip(inputs, answers):
+    batch = pool.texts_batch(20)
+    for prompt, answer in zip(batch.inputs, batch.answers):
         text = processor.tokenizer.decode(prompt.ids)
         assert "<think>In view:" in text and "<|VIDEO|>" not in text
         asked = re.search(r"the object that ((?:\w+ )?\w+)\n", text)[1]
@@ -156,10 +181,33 @@ def test_prompts_of_a_pool_are_those_of_the_processor(processor):
     assert torch.equal(ours.positions, theirs.positions)
 
 
+def test_kept_features_are_those_of_the_towers(thinker, processor):
+    """Half precision aside. The same draws give the same questions and answers with them and without."""
+    pool = Pool(processor, [3, 4, 5], seed=0)
+    pool.keep_features(thinker)
+    kept = draw_batches(pool)
+    pool.forget_features()
+    fresh = draw_batches(pool)
+    for ours, theirs in zip(kept, fresh):
+        assert all(inputs.patches is None for inputs in ours.inputs)
+        assert ours.answers == theirs.answers
+        prompts = zip(pool.prompts(thinker, ours), pool.prompts(thinker, theirs))
+        for our_prompt, their_prompt in prompts:
+            for name in ("ids", "positions", "slots"):
+                assert torch.equal(getattr(our_prompt, name), getattr(their_prompt, name)), name
+            assert torch.allclose(our_prompt.media, their_prompt.media, rtol=1e-3, atol=1e-3)
+
+
+def draw_batches(pool):
+    """The same draws every time."""
+    pool.rng = np.random.default_rng(1)
+    return pool.videos_batch(4), pool.pictures_batch(4, alone=False)
+
+
 # ---- programs --------------------------------------------------------------------------------------
 def test_making_a_policy_runs_through(tmp_path, capsys):
-    """A step of each stage writes a directory that loads."""
-    main(["policy", "--out", str(tmp_path), "--tower_steps", "1", "--text_steps", "1", "--steps", "1",
+    """A step or two of each stage write a directory that loads. The towers rest in one of the last two."""
+    main(["policy", "--out", str(tmp_path), "--tower_steps", "1", "--text_steps", "1", "--steps", "2",
           "--scenes", "12", "--batch", "2"])
     assert Processor(tmp_path / "policy")
     assert "grounding IoU" in capsys.readouterr().out

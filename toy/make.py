@@ -36,13 +36,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("what", choices=["policy", "sam2", "check"])
-    add("--tower_steps", type=int, default=1200, help="steps for the towers alone, first")
+    add("--tower_steps", type=int, default=1400, help="steps for the towers alone, first")
     add("--text_steps", type=int, default=350, help="steps for the language model alone, second")
-    add("--steps", type=int, default=2200, help="steps for all, third")
+    add("--steps", type=int, default=3000, help="steps for all, third")
+    add("--resting", type=float, default=0.8, help="share of these steps in which the towers rest")
     add("--scenes", type=int, default=3000, help="scenes rendered for training, by each process")
-    add("--batch", type=int, default=18, help="pictures, and as many videos, a step of each process")
+    add("--batch", type=int, default=18, help="videos, and twice as many pictures, a step of each process")
     add("--seed", type=int, default=0)
-    add("--decay", type=float, default=0.4,
+    add("--decay", type=float, default=0.7,
         help="share of the steps over which the learning rate goes down to 0")
     add("--threads", type=int, default=1, help="CPU threads of a process")
     add("--out", default=os.path.join(ROOT, "toy"), help="folder of the folders policy and sam2")

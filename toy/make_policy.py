@@ -25,26 +25,39 @@ from toy.pool import Pool, visible_things
 
 
 # ---- losses of the policy --------------------------------------------------------------------------
-def supervised_loss(thinker, processor, readings, inputs, answers, marks):
-    """(mean negative log-likelihood of the answers' tokens, loss of the readings).
+def supervised_loss(thinker, processor, readings, prompts, batch):
+    """(mean negative log-likelihood of the answers' tokens, loss of the readings) of a Batch.
 
     The end of the message counts as a token of the answer. The readings are linear layers, thrown away
     afterwards, that read visual tokens inside the language model: after its first layer, which colours and
-    shapes they show and which are asked for; after its second, whether they show the very thing. To bring
-    these together is the one step that a small model is slow to find by itself.
+    shapes they show and which are asked for; after its second, whether they show the very thing, and what has
+    just entered or left. To bring these together is the one step that a small model is slow to find by
+    itself.
     """
-    ids = [answer_ids(processor, answer) for answer in answers]
+    ids = [answer_ids(processor, answer) for answer in batch.answers]
     lengths = torch.tensor([len(own) for own in ids])
     padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)    # (B, C)
-    prompts = thinker.embed(inputs)
     logp, layers = watched_logprobs(thinker, prompts, padded)
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
     likelihood = (logp * mask).sum() / mask.sum()
-    which = [i for i, mark in enumerate(marks) if mark is not None]
-    if not which:
-        return -likelihood, torch.zeros(())
-    first, second = [visual_tokens(processor, hidden, prompts, which) for hidden in layers]
-    return -likelihood, reading_loss(readings, first, second, [marks[i] for i in which])
+    loss = torch.zeros(())
+    which = [i for i, marks in enumerate(batch.marks) if marks is not None]
+    if which:
+        first, second = [visual_tokens(processor, hidden, prompts, which) for hidden in layers]
+        loss = loss + mark_loss(readings, first, second, [batch.marks[i] for i in which])
+    which = [i for i, changes in enumerate(batch.changes) if changes is not None]
+    if which:
+        second = visual_tokens(processor, layers[1], prompts, which)
+        true = torch.cat([batch.changes[i] for i in which]).float()
+        # Changes are rare.
+        loss = loss + 10 * F.binary_cross_entropy_with_logits(readings["changes"](second), true)
+    return -likelihood, loss
+
+
+def batch_loss(thinker, pool, readings, batch):
+    """supervised_loss of a batch of the pool."""
+    prompts = pool.prompts(thinker, batch)
+    return supervised_loss(thinker, pool.processor, readings, prompts, batch)
 
 
 def answer_ids(processor, answer):
@@ -77,8 +90,8 @@ def visual_tokens(processor, hidden, prompts, which):
     return F.rms_norm(torch.cat([tokens[i] for i in which]), hidden.shape[-1:])
 
 
-def reading_loss(readings, first, second, marks):
-    """Loss of the readings of visual tokens, after the first layer and after the second."""
+def mark_loss(readings, first, second, marks):
+    """Loss of the readings of what the query asks for, after the first layer and after the second."""
     own, query, target = [torch.cat(labels) for labels in zip(*marks)]
     something = own.any(1)
     loss = F.binary_cross_entropy_with_logits(readings["own"](first), own)
@@ -210,36 +223,59 @@ def train_text(thinker, pool, steps, batch):
     optimizers = Optimizers(thinker)
     start = time.time()
     for step in range(steps):
-        loss, _ = supervised_loss(thinker, pool.processor, None, *pool.texts_batch(batch))
+        loss, _ = batch_loss(thinker, pool, None, pool.texts_batch(batch))
         optimizers.step(loss, ramp(step, steps, 50, 0.4))
         if step % 50 == 0 or step == steps - 1:
             print(f"text {step}: {loss.item():.3f} {time.time() - start:.0f} s", flush=True)
 
 
-def train_all(thinker, pool, steps, batch, decay, path):
-    """The cold start: boxes on pictures, and answers to queries of videos. Saves every 250 steps."""
+def train_all(thinker, pool, options, path):
+    """The cold start: boxes on pictures, and answers to queries of videos. Saves every 250 steps.
+
+    The towers rest at first. A step then takes half the time, and what it learns to read stays as it is.
+    They come in for the last steps, when the learning rate goes down.
+    """
+    steps = options.steps
+    resting = int(steps * options.resting)
     width = thinker.config.text_config.hidden_size
     readings = nn.ModuleDict(dict(
         own=nn.Linear(width, 9),
         query=nn.Linear(width, 9),
         target=nn.Linear(width, 1),
+        changes=nn.Linear(width, 4 * len(KINDS)),
     ))
     optimizers = Optimizers(nn.ModuleList([thinker, readings]))
+    rest_towers(thinker, pool)
     start = time.time()
     for step in range(steps):
-        pictures = pool.pictures_batch(batch, alone=step < 80)
-        grounding, marking = supervised_loss(thinker, pool.processor, readings, *pictures)
-        videos = pool.videos_batch(batch)
-        answering, marking_too = supervised_loss(thinker, pool.processor, readings, *videos)
-        optimizers.step(grounding + answering + marking + marking_too, ramp(step, steps, 100, decay))
+        if step == resting:
+            wake_towers(thinker, pool)
+        pictures = pool.pictures_batch(2 * options.batch, alone=step < 80)
+        grounding, marking = batch_loss(thinker, pool, readings, pictures)
+        answering, marking_too = batch_loss(thinker, pool, readings, pool.videos_batch(options.batch))
+        # The look-up of texts is forgotten otherwise: the habits of videos hardly need it.
+        looking_up, _ = batch_loss(thinker, pool, readings, pool.texts_batch(options.batch // 2))
+        loss = grounding + answering + looking_up + marking + marking_too
+        optimizers.step(loss, ramp(step, steps, 100, options.decay))
         last = step == steps - 1
         if first_process() and (step % 50 == 0 or last):
             print(f"{step} grounding {grounding.item():.3f} keyframes {answering.item():.3f} "
-                  f"marking {marking.item():.3f} {marking_too.item():.3f} {time.time() - start:.0f} s",
-                  flush=True)
+                  f"look-up {looking_up.item():.3f} marking {marking.item():.3f} {marking_too.item():.3f} "
+                  f"{time.time() - start:.0f} s", flush=True)
         if first_process() and (step % 250 == 249 or last):
             print(f"{step} grounding IoU {grounding_iou(thinker, pool.processor):.3f}", flush=True)
             thinker.save_pretrained(path)
+
+
+def rest_towers(thinker, pool):
+    thinker.visual.requires_grad_(False)
+    thinker.audio_tower.requires_grad_(False)
+    pool.keep_features(thinker)
+
+
+def wake_towers(thinker, pool):
+    thinker.requires_grad_(True)
+    pool.forget_features()
 
 
 def first_process() -> bool:
@@ -263,4 +299,4 @@ def make_policy(path, options):
     print(f"{len(scenes)} scenes in {time.time() - start:.0f} s; {millions:.2f}M parameters", flush=True)
     train_towers(thinker, pool, options.tower_steps, options.batch)
     train_text(thinker, pool, options.text_steps, 2 * options.batch)
-    train_all(thinker, pool, options.steps, options.batch, options.decay, path)
+    train_all(thinker, pool, options, path)

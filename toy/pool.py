@@ -2,7 +2,7 @@
 
 Letters: T frames, O things, H W pixels, K = 18 kinds of things, 6 colours times 3 shapes.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from benchmarks.toy import (
     toy_scene,
 )
 from data import MEDIA, Clip, Frames, Inputs, grounding_prompt, keyframe_prompt
+from model import Prompt
 from toy.lessons import (
     KINDS,
     box_answer,
@@ -66,6 +67,20 @@ def pair_boxes(masks, pair):
     return boxes
 
 
+def pair_changes(accounts, pair):
+    """bool [4 K]: for each frame of a pair which kinds are seen for the first time, then which were seen for
+    the last time two frames before. A token can tell only what came before it.
+    """
+    entered = torch.zeros(2, len(KINDS), dtype=torch.bool)
+    left = torch.zeros(2, len(KINDS), dtype=torch.bool)
+    for account in accounts:
+        kind = KINDS.index(account.name)
+        for side, t in enumerate(pair):
+            entered[side, kind] = bool(t == account.first)
+            left[side, kind] = bool(t - 2 == account.last)
+    return torch.cat([entered, left]).flatten()
+
+
 def marked(shown, name):
     """What tokens have to do with the kind that is asked for.
 
@@ -91,7 +106,9 @@ class Video:
     accounts: list          # an Account of every thing to be seen
     shown: torch.Tensor     # bool (tokens, 2 K), see token_labels
     boxes: torch.Tensor     # (tokens, 8)
+    changes: torch.Tensor   # bool (tokens, 4 K), pair_changes of the token's pair
     heard: torch.Tensor     # (sound tokens,) the kind that sounds; K for silence
+    features: torch.Tensor | None = None    # (media tokens, D) of the towers, half; see keep_features
 
 
 @dataclass
@@ -101,6 +118,24 @@ class Picture:
     things: list            # (name, box) of every thing that is to be seen
     shown: torch.Tensor     # as in Video
     boxes: torch.Tensor
+    features: torch.Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """Prompts and their answers, an entry of each list for each."""
+    inputs: list = field(default_factory=list)      # Inputs
+    answers: list = field(default_factory=list)     # texts
+    features: list = field(default_factory=list)    # (media tokens, D); None where the towers have to run
+    marks: list = field(default_factory=list)       # as marked; None where the query alone does not tell
+    changes: list = field(default_factory=list)     # as in Video; None for pictures and texts
+
+    def add(self, inputs, answer, features=None, marks=None, changes=None):
+        self.inputs.append(inputs)
+        self.answers.append(answer)
+        self.features.append(features)
+        self.marks.append(marks)
+        self.changes.append(changes)
 
 
 class Pool:
@@ -112,6 +147,9 @@ class Pool:
         self.rng = np.random.default_rng(seed)
         self.videos = []
         self.pictures = []
+        # A picture of the usual size whose patches nobody looks at.
+        blank = processor.image_inputs(grounding_prompt(""), Image.new("RGB", (CANVAS, CANVAS)))
+        self.blank = replace(blank, patches=None)
         for index in scenes:
             scene = toy_scene("train", index)
             self.videos.append(self.make_video(scene))
@@ -120,6 +158,32 @@ class Pool:
                 if things:
                     labels = token_labels(scene, [t, t], 8)
                     self.pictures.append(Picture(scene.pictures[t], things, *labels))
+
+    @torch.no_grad()
+    def keep_features(self, thinker):
+        """Runs the towers once over all media. Until forget_features, batches bring their features along."""
+        for video in self.videos:
+            [prompt] = thinker.embed([self.ask(video, "")])
+            video.features = prompt.media.half()
+        for picture in self.pictures:
+            [prompt] = thinker.embed([self.ask_picture(picture, "")])
+            picture.features = prompt.media.half()
+
+    def forget_features(self):
+        for source in [*self.videos, *self.pictures]:
+            source.features = None
+
+    def prompts(self, thinker, batch) -> list[Prompt]:
+        """As thinker.embed. Where a batch brings features, the towers do not run."""
+        if any(features is None for features in batch.features):
+            return thinker.embed(batch.inputs)
+        processor = self.processor
+        media = torch.tensor([processor.image, processor.video, processor.audio])
+        prompts = []
+        for inputs, features in zip(batch.inputs, batch.features):
+            slots = torch.isin(inputs.ids, media).nonzero()[:, 0]
+            prompts.append(Prompt(inputs.ids, inputs.positions, slots, features.float()))
+        return prompts
 
     def make_video(self, scene) -> Video:
         T = len(scene.pictures)
@@ -130,22 +194,25 @@ class Pool:
         clip = scene_clip(scene, "", "", "", None)
         media = self.processor.video_inputs(keyframe_prompt(clip), clip.frames, clip.fps, clip.sound)
         media = replace(media, patches=media.patches.half())
-        shown, boxes = self.video_labels(media, scene)
+        accounts = scene_accounts(scene)
+        shown, boxes, changes = self.video_labels(media, scene, accounts)
         heard = self.sound_labels(media, scene, areas)
-        return Video(media, T, queries, scene_accounts(scene), shown, boxes, heard)
+        return Video(media, T, queries, accounts, shown, boxes, changes, heard)
 
-    def video_labels(self, media, scene):
-        """token_labels of all frame pairs."""
+    def video_labels(self, media, scene, accounts):
+        """token_labels of all frame pairs, and the pair_changes of each token."""
         T = len(scene.pictures)
         pairs, rows, _ = media.grid[0].tolist()
         shown = []
         boxes = []
+        changes = []
         for i in range(pairs):
             pair = [2 * i, min(2 * i + 1, T - 1)]
             pair_shown, pair_boxes = token_labels(scene, pair, rows // 2)
             shown.append(pair_shown)
             boxes.append(pair_boxes)
-        return torch.cat(shown), torch.cat(boxes)
+            changes.append(pair_changes(accounts, pair).expand(len(pair_shown), -1))
+        return torch.cat(shown), torch.cat(boxes), torch.cat(changes)
 
     def sound_labels(self, media, scene, areas):
         """Which kind each sound token holds, (sound tokens,); K for silence."""
@@ -158,15 +225,9 @@ class Pool:
             heard[frames[frames < count]] = KINDS.index(name)
         return torch.tensor(heard)
 
-    def videos_batch(self, size):
-        """(Inputs, answers, marks): the kind of a query is drawn first, then the query.
-
-        marks: for each prompt what its visual tokens show (see marked), None where the query alone does not
-        tell.
-        """
-        inputs = []
-        answers = []
-        marks = []
+    def videos_batch(self, size) -> Batch:
+        """Queries of videos of one length: the kind of a query is drawn first, then the query."""
+        batch = Batch()
         # Clips of one length: no padding.
         T = self.rng.choice([video.T for video in self.videos])
         same = [i for i, video in enumerate(self.videos) if video.T == T]
@@ -175,20 +236,19 @@ class Pool:
             kind = self.rng.choice(TOY_KINDS, p=[0.2, 0.5, 0.2, 0.1])
             choices = [entry for entry in video.queries if entry[0] == kind] or video.queries
             kind, query, name = choices[self.rng.integers(len(choices))]
-            inputs.append(self.ask(video, query))
-            answers.append(habitual_answer(kind, video.accounts, name, video.T, self.rng))
-            marks.append(marked(video.shown, name) if kind == "referring" else None)
-        return inputs, answers, marks
+            answer = habitual_answer(kind, video.accounts, name, video.T, self.rng)
+            marks = marked(video.shown, name) if kind == "referring" else None
+            batch.add(self.ask(video, query), answer, video.features, marks, video.changes)
+        return batch
 
-    def texts_batch(self, size):
-        """(Inputs, answers, marks) of reasoning without media: what is in view, and when, is given.
+    def texts_batch(self, size) -> Batch:
+        """Reasoning without media: what is in view, and when, is given.
 
         The target is always the right one. The policy learns here to look it up, as larger models have
         learned it from text. In the cold start that is one habit among others.
         """
-        inputs = []
-        answers = []
-        while len(inputs) < size:
+        batch = Batch()
+        while len(batch.inputs) < size:
             accounts = made_up_accounts(self.rng)
             known = []
             for account in accounts:
@@ -202,9 +262,10 @@ class Pool:
             text = self.processor.render(keyframe_prompt(clip, self.rng))
             text = MEDIA.sub("", text) + views
             ids = self.processor.encode_text(text)
-            inputs.append(Inputs(ids, torch.arange(len(ids)).expand(3, -1)))
-            answers.append(f"{compared}. The target is the {right.name}" + moments_answer(right, T, self.rng))
-        return inputs, answers, [None] * size
+            inputs = Inputs(ids, torch.arange(len(ids)).expand(3, -1))
+            answer = f"{compared}. The target is the {right.name}" + moments_answer(right, T, self.rng)
+            batch.add(inputs, answer)
+        return batch
 
     def ask(self, video, query) -> Inputs:
         """The prompt of another query over the same media: only the text in front of them changes."""
@@ -221,25 +282,27 @@ class Pool:
         return replace(
             media,
             ids=torch.cat([head, media.ids[start:]]),
-            patches=media.patches.float(),
+            # Those of the towers' features are not needed.
+            patches=media.patches.float() if video.features is None else None,
             positions=torch.cat([head_positions, positions], dim=1),
         )
 
-    def pictures_batch(self, size, alone):
-        """(Inputs, answers, marks) for grounding one visible thing. alone: pictures that show no other."""
-        inputs = []
-        answers = []
-        marks = []
-        while len(inputs) < size:
+    def pictures_batch(self, size, alone) -> Batch:
+        """Grounding one visible thing of each picture. alone: pictures that show no other."""
+        batch = Batch()
+        while len(batch.inputs) < size:
             picture = self.pictures[self.rng.integers(len(self.pictures))]
             if alone and len(picture.things) > 1:
                 continue
             name, box = picture.things[self.rng.integers(len(picture.things))]
-            image = Image.fromarray(picture.pixels)
-            inputs.append(self.processor.image_inputs(grounding_prompt(name), image))
-            answers.append(box_answer(box))
-            marks.append(marked(picture.shown, name))
-        return inputs, answers, marks
+            inputs = self.ask_picture(picture, name)
+            batch.add(inputs, box_answer(box), picture.features, marked(picture.shown, name))
+        return batch
+
+    def ask_picture(self, picture, name) -> Inputs:
+        image = Image.fromarray(picture.pixels)
+        like = None if picture.features is None else self.blank
+        return self.processor.image_inputs(grounding_prompt(name), image, like=like)
 
 
 def unique(word, accounts) -> bool:

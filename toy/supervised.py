@@ -79,6 +79,7 @@ from model import Thinker
 from rewards import mask_box
 from toy.lessons import box_answer, right_answer, scene_accounts
 from toy.make_policy import supervised_loss
+from toy.pool import Batch
 
 WARMUP = 0.1                # share of the updates
 CLIP_NORM = 5.0
@@ -142,10 +143,12 @@ def train(options):
     for n in range(total):
         first = n % options.steps * options.batch
         places = range(first, first + options.batch)
-        examples = [draw(processor, order[i], options.seed, i, left_out) for i in places]
-        inputs, answers = zip(*examples)
         # Nothing but the answers' tokens: the readings of toy/make.py are for the cold start.
-        loss, _ = supervised_loss(thinker, processor, None, inputs, answers, [None] * len(inputs))
+        batch = Batch()
+        for i in places:
+            batch.add(*draw(processor, order[i], options.seed, i, left_out))
+        prompts = thinker.embed(batch.inputs)
+        loss, _ = supervised_loss(thinker, processor, None, prompts, batch)
         optimizer.param_groups[0]["lr"] = options.lr * learning_rate(n, total)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
