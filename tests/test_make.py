@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.toy import RELATIONS, toy_queries, toy_scene
 from data import Processor, keyframes, parse_moments
+from toy.directory import write_directory
 from toy.lessons import (
     KINDS,
     NULL_ANSWER,
@@ -26,7 +27,9 @@ from toy.pool import Pool, pair_boxes, pair_changes
 @pytest.fixture(scope="module")
 def new(tmp_path_factory):
     """(a random Thinker, its Processor): a policy made now."""
-    return new_policy(tmp_path_factory.mktemp("policy"))
+    path = tmp_path_factory.mktemp("policy")
+    write_directory(path)
+    return new_policy(path)
 
 
 @pytest.fixture(scope="module")

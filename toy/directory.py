@@ -45,6 +45,14 @@ PREPROCESSING = dict(
 TIMES = [format_time(n / FPS) for n in range(49)]
 
 
+def write_directory(path) -> None:
+    """Makes the directory and writes all of it but for the weights."""
+    os.makedirs(path, exist_ok=True)
+    ids, vocabulary = make_tokenizer(path)
+    write(path, "preprocessor_config.json", PREPROCESSING)
+    write(path, "config.json", make_config(ids, vocabulary))
+
+
 def fixed_text() -> list[str]:
     """The pieces of prompts and answers that never change. Each becomes one token: toy prompts are short."""
     pieces = ["system\n" + SYSTEM, "assistant\n"]

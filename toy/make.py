@@ -41,6 +41,9 @@ def main(arguments=None):
     add("--steps", type=int, default=3000, help="steps for all, third")
     add("--resting", type=float, default=0.8, help="share of these steps in which the towers rest")
     add("--scenes", type=int, default=3000, help="scenes rendered for training, by each process")
+    add("--first_scene", type=int, default=0, help="number of the first of them")
+    add("--begin", metavar="DIR", help="go on from this policy: only the third stage")
+    add("--rate", type=float, default=1.0, help="times the learning rates of the third stage")
     add("--batch", type=int, default=18, help="videos, and twice as many pictures, a step of each process")
     add("--seed", type=int, default=0)
     add("--decay", type=float, default=0.7,

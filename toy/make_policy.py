@@ -18,7 +18,7 @@ from benchmarks.toy import CANVAS, COLOURS, SHAPES, toy_scene
 from data import Processor, grounding_prompt, parse_boxes
 from model import Thinker, read_config
 from rewards import box_iou
-from toy.directory import PREPROCESSING, TIMES, make_config, make_tokenizer, write
+from toy.directory import TIMES, write_directory
 from toy.lessons import KINDS
 from toy.optimizers import Optimizers, ramp
 from toy.pool import Pool, visible_things
@@ -40,17 +40,18 @@ def supervised_loss(thinker, processor, readings, prompts, batch):
     logp, layers = watched_logprobs(thinker, prompts, padded)
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
     likelihood = (logp * mask).sum() / mask.sum()
+    first, second = [visual_tokens(processor, hidden, prompts) for hidden in layers]
     loss = torch.zeros(())
     which = [i for i, marks in enumerate(batch.marks) if marks is not None]
     if which:
-        first, second = [visual_tokens(processor, hidden, prompts, which) for hidden in layers]
-        loss = loss + mark_loss(readings, first, second, [batch.marks[i] for i in which])
+        both = [torch.cat([tokens[i] for i in which]) for tokens in (first, second)]
+        loss = loss + mark_loss(readings, *both, [batch.marks[i] for i in which])
     which = [i for i, changes in enumerate(batch.changes) if changes is not None]
     if which:
-        second = visual_tokens(processor, layers[1], prompts, which)
+        own = torch.cat([second[i] for i in which])
         true = torch.cat([batch.changes[i] for i in which]).float()
         # Changes are rare.
-        loss = loss + 10 * F.binary_cross_entropy_with_logits(readings["changes"](second), true)
+        loss = loss + 10 * F.binary_cross_entropy_with_logits(readings["changes"](own), true)
     return -likelihood, loss
 
 
@@ -80,14 +81,15 @@ def watched_logprobs(thinker, prompts, answers):
     return logp, layers
 
 
-def visual_tokens(processor, hidden, prompts, which):
-    """Hidden states (B S, D) of right-padded rows -> those of some prompts' visual tokens, normalised."""
-    rows = hidden.unflatten(0, (len(prompts), -1))    # (B, S, D)
+def visual_tokens(processor, hidden, prompts):
+    """Hidden states (B S, D) of right-padded rows -> of each prompt (visual tokens, D), normalised."""
+    rows = F.rms_norm(hidden, hidden.shape[-1:])
+    rows = rows.unflatten(0, (len(prompts), -1))    # (B, S, D)
     tokens = []
     for row, prompt in zip(rows, prompts):
         visual = (prompt.ids == processor.image) | (prompt.ids == processor.video)
         tokens.append(row[:len(prompt.ids)][visual])
-    return F.rms_norm(torch.cat([tokens[i] for i in which]), hidden.shape[-1:])
+    return tokens
 
 
 def mark_loss(readings, first, second, marks):
@@ -204,11 +206,7 @@ def grounding_iou(thinker, processor, split="test", clips=64) -> float:
 
 
 def new_policy(path):
-    """Writes the policy's directory but for its weights -> (a random Thinker, its Processor)."""
-    os.makedirs(path, exist_ok=True)
-    ids, vocabulary = make_tokenizer(path)
-    write(path, "preprocessor_config.json", PREPROCESSING)
-    write(path, "config.json", make_config(ids, vocabulary))
+    """(a random Thinker, its Processor) of a directory that write_directory has written."""
     thinker = Thinker(read_config(Path(path)))
     for name, p in thinker.named_parameters():
         if p.ndim >= 2:
@@ -256,7 +254,7 @@ def train_all(thinker, pool, options, path):
         # The look-up of texts is forgotten otherwise: the habits of videos hardly need it.
         looking_up, _ = batch_loss(thinker, pool, readings, pool.texts_batch(options.batch // 2))
         loss = grounding + answering + looking_up + marking + marking_too
-        optimizers.step(loss, ramp(step, steps, 100, options.decay))
+        optimizers.step(loss, options.rate * ramp(step, steps, 100, options.decay))
         last = step == steps - 1
         if first_process() and (step % 50 == 0 or last):
             print(f"{step} grounding {grounding.item():.3f} keyframes {answering.item():.3f} "
@@ -285,18 +283,26 @@ def first_process() -> bool:
 def make_policy(path, options):
     """Writes the policy's directory. Under torchrun each process has scenes of its own."""
     torch.manual_seed(options.seed)
-    thinker, processor = new_policy(path)
-    # The cold start trains the towers too.
-    thinker.requires_grad_(True)
     rank = 0
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
         rank = dist.get_rank()
+    if first_process():
+        write_directory(path)
+    if dist.is_initialized():
+        dist.barrier()
+    thinker, processor = new_policy(path)
+    if options.begin:
+        thinker.load_state_dict(Thinker.from_pretrained(options.begin).state_dict())
+    # The cold start trains the towers too.
+    thinker.requires_grad_(True)
     start = time.time()
-    scenes = range(rank * options.scenes, (rank + 1) * options.scenes)
+    first = options.first_scene + rank * options.scenes
+    scenes = range(first, first + options.scenes)
     pool = Pool(processor, scenes, options.seed + 1000 * rank)
     millions = sum(p.numel() for p in thinker.parameters()) / 1e6
     print(f"{len(scenes)} scenes in {time.time() - start:.0f} s; {millions:.2f}M parameters", flush=True)
-    train_towers(thinker, pool, options.tower_steps, options.batch)
-    train_text(thinker, pool, options.text_steps, 2 * options.batch)
+    if not options.begin:
+        train_towers(thinker, pool, options.tower_steps, options.batch)
+        train_text(thinker, pool, options.text_steps, 2 * options.batch)
     train_all(thinker, pool, options, path)
