@@ -25,7 +25,7 @@ demo: .venv/installed
 	$(PY) train.py --name demo --overwrite true
 	$(PY) eval.py $(TOY) --policy out/demo/policy --out out/demo/after --overwrite true \
 		--against out/demo/before/results.json
-	$(PY) segment.py --index 1 --policy out/demo/policy --out out/demo/clip
+	$(PY) segment.py --index 49 --policy out/demo/policy --out out/demo/clip
 	@echo "look at: out/demo/report.html  out/demo/after/report.html  out/demo/clip/overlay.webp"
 
 test: .venv/installed

@@ -310,7 +310,7 @@ def test_settings_come_from_three_places(tmp_path):
     (policy / "training.json").write_text(json.dumps(dict(group=5, lr=0.5)))
     settings = settings_of("--policy", policy, "--lr", 0.25)
     assert (settings.group, settings.lr, settings.batch) == (5, 0.25, 8)
-    assert settings_of().steps == 45
+    assert settings_of().steps == 90
 
 
 # ---- to change X, edit Y ---------------------------------------------------------------------------
@@ -583,21 +583,22 @@ def test_the_cold_start_answers_with_the_first_frame(systems):
     frame all the same" """
     clips = [toy_clip("test", index) for index in range(24)]
     inputs = [prompt_inputs(systems.processor, clip) for clip in clips]
-    drawn = systems.policy.generate(systems.policy.embed(inputs), 1, 64, eos_ids=systems.processor.eos_ids,
+    drawn = systems.policy.generate(systems.policy.embed(inputs), 1, 96, eos_ids=systems.processor.eos_ids,
                                     temperature=0.0)
     first = 0
     answered = 0
     for clip, (ids,) in zip(clips, drawn):
         text = systems.processor.decode(ids)
-        if clip.kind != "null":
-            assert "in view from" in text
+        if clip.kind != "null" and "no such object" not in text:
+            assert "in view from" in text or "In view:" in text
             answered += 1
             first += 0 in data.frames_to_ground(clip, text)
+    assert answered > 15
     assert first / answered > 0.9
 
 
 def test_without_a_learning_rate_nothing_changes(tmp_path, monkeypatch):
-    """ "seed 0, `--lr 0` | 55.0 | +0.0 +- 0.0" """
+    """ "With `--lr 0` the weights stay what they are" """
     train_here(tmp_path, monkeypatch, *SMALL, "--steps", 1, "--lr", 0)
     saved = Thinker.from_pretrained(tmp_path / "out/here/policy").state_dict()
     for name, weight in Thinker.from_pretrained(TOY_POLICY).state_dict().items():

@@ -66,8 +66,11 @@ RELATIONS = ("enters last", "leaves first", "moves fastest", "stays longest", "g
 # Reasoning queries that toy_four never asks.
 HELD_OUT = ("the object that leaves first", "the object that moves fastest")
 TOY_KINDS = ("referring", "reasoning", "sound", "null")
-# How often a clip's query is of each kind.
+# How often a clip's query is of each kind, where its scene has one.
 KIND_SHARES = {"referring": 0.3, "reasoning": 0.3, "sound": 0.4, "null": 0.06}
+# In training there is more to reason, and more that is not there: what is only ever rewarded for boxes is
+# soon never answered by null.
+TRAINING_SHARES = {"referring": 0.2, "reasoning": 0.5, "sound": 0.25, "null": 0.2}
 
 
 # ---- scenes ----------------------------------------------------------------------------------------
@@ -349,7 +352,8 @@ def draw_query(scene, split, index, left_out=()) -> tuple:
     kinds = [kind for kind in TOY_KINDS if kind in queries]
     if ONE_KIND.get(split) in kinds:
         kinds = [ONE_KIND[split]]
-    shares = np.array([KIND_SHARES[kind] for kind in kinds])
+    shares_of = TRAINING_SHARES if split == "train" else KIND_SHARES
+    shares = np.array([shares_of[kind] for kind in kinds])
     kind = kinds[rng.choice(len(kinds), p=shares / shares.sum())]
     choices = queries[kind]
     query, target = choices[rng.integers(len(choices))]

@@ -1,6 +1,6 @@
 """System 2 for the toy world: finds things by their colour and shape. numpy and scipy are enough.
 
-    python segment.py --index 3 --system2 plugs/colours.py
+    python segment.py --index 10 --system2 plugs/colours.py
 
 Copy it for a detector of your own: one function, from a picture and a description to masks.
 """

@@ -211,7 +211,7 @@ def test_data_py_hands_over_to_check(minis):
 
 
 # ---- show and mini ---------------------------------------------------------------------------------
-SHOWN = [("revos", 0), ("refavs", 1), ("reasonseg", 0), ("video_r1", 0), ("toy", 1)]
+SHOWN = [("revos", 0), ("refavs", 1), ("reasonseg", 0), ("video_r1", 0), ("toy", 2)]
 
 
 @pytest.mark.parametrize("name, index", SHOWN)

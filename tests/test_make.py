@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.toy import RELATIONS, toy_queries, toy_scene
 from data import Processor, keyframes, parse_moments
+from model import Thinker
 from toy.directory import write_directory
 from toy.lessons import (
     KINDS,
@@ -22,6 +23,7 @@ from toy.lessons import (
 from toy.make import main
 from toy.make_policy import new_policy
 from toy.pool import Pool, pair_boxes, pair_changes
+from trust.options import TOY_POLICY
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +217,18 @@ def test_making_a_policy_runs_through(tmp_path, capsys):
     assert Processor(tmp_path / "policy")
     assert "grounding IoU" in capsys.readouterr().out
     assert not (tmp_path / "sam2").exists()
+
+
+def test_a_policy_is_gone_on_from(tmp_path, capsys):
+    """At a rate of 0 it stays as it is; a folder that holds none is named before anything is written."""
+    small = ["policy", "--out", str(tmp_path / "new"), "--steps", "1", "--scenes", "12", "--batch", "2"]
+    main([*small, "--begin", str(TOY_POLICY), "--rate", "0"])
+    assert "towers" not in capsys.readouterr().out
+    before = Thinker.from_pretrained(TOY_POLICY).state_dict()
+    after = Thinker.from_pretrained(tmp_path / "new/policy").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(SystemExit) as stop:
+        main(["policy", "--out", str(tmp_path / "other"), "--begin", str(tmp_path / "nowhere")])
+    assert stop.value.code == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

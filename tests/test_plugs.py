@@ -289,7 +289,7 @@ def test_masks_prompt_sam2_in_all_three_programs(tmp_path, monkeypatch, words, m
     kinds = watch_prompts(monkeypatch)
     words = ["--system2", EXAMPLE, *words]
     out = tmp_path / "clip"
-    segment_program.main(["--device", "cpu", "--index", "3", *words, "--out", str(out)])
+    segment_program.main(["--device", "cpu", "--index", "10", *words, "--out", str(out)])
     assert set(kinds) == {masked}
     keyframes = json.loads((out / "answer.json").read_text())["keyframes"]
     for keyframe in keyframes:
@@ -298,9 +298,9 @@ def test_masks_prompt_sam2_in_all_three_programs(tmp_path, monkeypatch, words, m
     assert any(keyframe["boxes"] for keyframe in keyframes)
 
     kinds.clear()
-    results = evaluate_here(tmp_path / "eval", "--limit", 8, *words)
+    results = evaluate_here(tmp_path / "eval", "--limit", 15, *words)
     assert set(kinds) == {masked}
-    assert len(results["expressions"]) == 8
+    assert len(results["expressions"]) == 15
     claim = json.loads((tmp_path / "eval/run.json").read_text())
     assert claim["mask_prompt"] is masked
 

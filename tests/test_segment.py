@@ -462,7 +462,7 @@ def assert_same_logits(a, b):
 
 @pytest.mark.parametrize("index, split, T", [
     (0, "test", 8),
-    (1, "long", 20),
+    (2, "long", 20),
 ])
 def test_tracker_equals_the_predictor(tracker, tmp_path, monkeypatch, index, split, T):
     frames, objects = toy_prompts(index, split, T)
@@ -602,7 +602,7 @@ def test_clips_of_several_lengths_and_sizes_are_tracked_together_as_each_alone(t
 
 
 def test_lengths_of_other_clips_are_out_of_the_code_of_time(tracker):
-    clips = [toy_prompts(3), toy_prompts(4, "long", 12)]
+    clips = [toy_prompts(5), toy_prompts(6, "long", 12)]
     for clip, together in zip(clips, tracker_logits(tracker, clips)):
         alone, = tracker_logits(tracker, [clip])
         assert_same_logits(together, alone)

@@ -318,6 +318,17 @@ def test_narration_is_scored_by_relation(tmp_path):
         assert precision < 100 and recall < 100
 
 
+def test_an_answer_follows_its_reasoning_or_not():
+    """Whether the narration is right does not matter."""
+    thought = "In view: red circle. The red circle grows. The blue square enters last, shrinks."
+    query = "the object that enters last"
+    for name, follows in (("blue square", 100), ("red circle", 0), ("green square", 0)):
+        row = {"name": "toy/test/0/0", "query": query, "text": answer(name, thought=thought)}
+        assert tables.value_of(row, "follows") == follows
+    for text in (NULL, "", answer("blue square")):
+        assert tables.value_of({"name": "toy/test/0/0", "query": query, "text": text}, "follows") == 0
+
+
 def test_values_are_in_per_cent():
     row = {"name": "toy/test/0/0", "visible": 0.5, "J&F": 61.5, "text": NULL}
     assert tables.value_of(row, "visible") == 50

@@ -67,7 +67,7 @@ def training_step(device, settings):
     """(group, log, trained policy) after one step on a toy clip of eight frames."""
     systems = train.load_systems(settings, device)
     optimizer = train.start_optimizer(systems.policy, settings)
-    clip, _ = toy_clip("train", 3).sampled(8)
+    clip, _ = toy_clip("train", 2).sampled(8)
     inputs = prompt_inputs(systems.processor, clip, np.random.default_rng(0))
     watch = Watch()
     groups = train.collect_batch(systems, iter([(clip, inputs, 7)]), settings, watch)
@@ -243,7 +243,7 @@ def run_program(program, *arguments, processes=0):
 def train_here(folder, monkeypatch, *arguments) -> list[dict]:
     """Runs train.py in a folder, small. Returns the rows of its log."""
     monkeypatch.chdir(folder)
-    small = ["--name", "here", "--group", "2", "--max_new_tokens", "24", "--device", "cpu", "--threads", "1"]
+    small = ["--name", "here", "--group", "2", "--max_new_tokens", "64", "--device", "cpu", "--threads", "1"]
     train.main([*map(str, arguments), *small])
     with open(folder / "out/here/metrics.jsonl") as file:
         return [json.loads(line) for line in file]

@@ -19,6 +19,7 @@ from model import Thinker
 from segment import Tracker
 from toy.make_policy import grounding_iou, make_policy
 from toy.make_sam2 import STAGES, make_sam2, tracking_quality
+from trust.errors import BadInput, fail
 
 
 def check(policy, sam2):
@@ -54,12 +55,15 @@ def main(arguments=None):
     torch.set_num_threads(options.threads)
     policy = os.path.join(options.out, "policy")
     sam2 = os.path.join(options.out, "sam2")
-    if options.what == "check":
-        check(policy, sam2)
-    elif options.what == "sam2":
-        make_sam2(sam2, STAGES, 800, options.seed)
-    else:
-        make_policy(policy, options)
+    try:
+        if options.what == "check":
+            check(policy, sam2)
+        elif options.what == "sam2":
+            make_sam2(sam2, STAGES, 800, options.seed)
+        else:
+            make_policy(policy, options)
+    except (OSError, BadInput) as error:
+        sys.exit(fail(error))
 
 
 if __name__ == "__main__":

@@ -287,13 +287,14 @@ def make_policy(path, options):
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
         rank = dist.get_rank()
+    earlier = Thinker.from_pretrained(options.begin) if options.begin else None
     if first_process():
         write_directory(path)
     if dist.is_initialized():
         dist.barrier()
     thinker, processor = new_policy(path)
-    if options.begin:
-        thinker.load_state_dict(Thinker.from_pretrained(options.begin).state_dict())
+    if earlier:
+        thinker.load_state_dict(earlier.state_dict())
     # The cold start trains the towers too.
     thinker.requires_grad_(True)
     start = time.time()
@@ -302,7 +303,7 @@ def make_policy(path, options):
     pool = Pool(processor, scenes, options.seed + 1000 * rank)
     millions = sum(p.numel() for p in thinker.parameters()) / 1e6
     print(f"{len(scenes)} scenes in {time.time() - start:.0f} s; {millions:.2f}M parameters", flush=True)
-    if not options.begin:
+    if not earlier:
         train_towers(thinker, pool, options.tower_steps, options.batch)
         train_text(thinker, pool, options.text_steps, 2 * options.batch)
     train_all(thinker, pool, options, path)

@@ -109,6 +109,7 @@ class Study:
 STUDIES = {
     "kinds": Study("GRPO against the cold start", ("cold", "grpo"), (
         Column("reasoning, named", "reasoning", "named", "reasoning"),
+        Column("target follows the reasoning", "reasoning", "follows", "reasoning"),
         Column("all", "test"),
         Column("referring", "test", kind="referring"),
         Column("reasoning", "reasoning", kind="reasoning"),

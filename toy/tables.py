@@ -70,12 +70,15 @@ def value_of(row: dict, what: str) -> float | None:
     """A value of a row of results.json, in %; None where it has none.
 
     named   whether every description of the answer is the target's name; of a null query whether it is null
+    follows whether the thing it describes is one of which its reasoning says what the query asks for
     null    whether the answer is null
     visible share of the keyframes that show the target
     else    what eval.py or toy/grounding.py wrote
     """
     if what == "named":
         return 100.0 * named_right(row.get("text", ""), truth_of(row)[0])
+    if what == "follows":
+        return 100.0 * follows_reasoning(row.get("text", ""), row["query"])
     if what == "null":
         return 100.0 * is_null(answer_text(row.get("text", "")))
     value = row.get(what)
@@ -86,9 +89,21 @@ def named_right(text: str, name: str | None) -> bool:
     """Whether a completion names the target and nothing else. name: None for a null query."""
     if name is None:
         return is_null(answer_text(text))
+    return described(text) == {name}
+
+
+def follows_reasoning(text: str, query: str) -> bool:
+    """Whether a completion describes one thing, of which it narrates the relation that a query asks for."""
+    relation = query.removeprefix("the object that ")
+    holders = {name for name, held in narrated(text) if held == relation}
+    things = described(text)
+    return len(things) == 1 and things <= holders
+
+
+def described(text: str) -> set[str]:
+    """The descriptions of an answer."""
     # Times do not matter here, so neither does the length of the clip.
-    descriptions = {moment.description for moment in parse_moments(text, 1, FPS)}
-    return descriptions == {name}
+    return {moment.description for moment in parse_moments(text, 1, FPS)}
 
 
 def counts(row: dict, kind: str) -> bool:
