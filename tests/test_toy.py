@@ -1,6 +1,7 @@
 """The toy world: what is seen and heard in its scenes, its queries against a slow twin, and its samples."""
 import hashlib
 import pickle
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -271,6 +272,18 @@ def test_clips_ask_one_query_of_their_scene(scenes):
         assert np.array_equal(clip.sound, scene.sound)
         assert (clip.size, clip.fps) == ((128, 128), 2.0)
     assert kinds == set(TOY_KINDS)
+
+
+def test_training_asks_more_to_reason_and_more_that_is_not_there(scenes):
+    """The same scenes, asked as in training and as in the test."""
+    count = {"train": Counter(), "test": Counter()}
+    for n, scene in enumerate(scenes.values()):
+        for split in count:
+            for index in range(10 * n, 10 * n + 10):
+                kind, _, _ = draw_query(scene, split, index)
+                count[split][kind] += 1
+    for kind in ("reasoning", "null"):
+        assert count["train"][kind] > 1.3 * count["test"][kind], kind
 
 
 def test_relations_are_what_reasoning_queries_ask_for(scenes):

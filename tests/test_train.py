@@ -280,7 +280,7 @@ def test_what_cannot_be_read_is_named_and_counts_for_nothing(copy, tmp_path, mon
     assert row["broken"] == 1
     assert "img_0000003.jpg" in capsys.readouterr().err
 
-    small = ["--name", "two", "--group", 2, "--max_new_tokens", 24, "--threads", 1]
+    small = ["--name", "two", "--group", 2, "--max_new_tokens", 64, "--threads", 1]
     done = run_program("train.py", *options, *small, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     # One process has nothing to learn from.
