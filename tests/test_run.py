@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -447,6 +448,27 @@ def test_a_worker_ends_with_its_parent(monkeypatch):
         assert ended.poll(PATIENCE)
         with pytest.raises(EOFError):
             ended.recv()
+
+
+def test_a_parent_that_is_gone_while_it_takes_a_tensor_is_no_stack_trace_of_its_worker(capfd):
+    """No kill hits that moment on purpose. A connection that is closed unread looks the same to the worker."""
+    def work():
+        run.draw.begin_worker(0)
+        shared = DupFd(sys.stdout.fileno())
+        address, _ = shared._id
+        with socket.socket(socket.AF_UNIX) as parent:
+            parent.connect(address)
+            parent.recv(1)
+        # The same thread answers, so it has met the closed one by then.
+        os.close(shared.detach())
+        print("answered")
+
+    worker = multiprocessing.get_context("fork").Process(target=work)
+    worker.start()
+    worker.join(PATIENCE)
+    printed = capfd.readouterr()
+    assert printed.out == "answered\n"
+    assert printed.err == ""
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------

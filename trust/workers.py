@@ -2,6 +2,7 @@
 import gc
 import os
 import resource
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from multiprocessing import parent_process
@@ -31,6 +32,14 @@ def begin_reading() -> None:
     gc.freeze()
     torch.set_num_threads(1)
     end_with_parent(parent_process().pid)
+    # Python's thread that sends tensors tells its errors here.
+    sys.excepthook = tell_unless_parent_left
+
+
+def tell_unless_parent_left(kind: type, error: BaseException, trace) -> None:
+    """A parent that is killed while it takes a tensor needs no stack trace of its worker."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def share(values: Iterable) -> str:
