@@ -41,18 +41,32 @@ def supervised_loss(thinker, processor, readings, prompts, batch):
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
     likelihood = (logp * mask).sum() / mask.sum()
     first, second = [visual_tokens(processor, hidden, prompts) for hidden in layers]
+    return -likelihood, reading_loss(readings, batch, first, second)
+
+
+def reading_loss(readings, batch, first, second):
+    """Loss of the readings of a Batch. first, second: its visual tokens after these layers, [(tokens, D)]."""
     loss = torch.zeros(())
-    which = [i for i, marks in enumerate(batch.marks) if marks is not None]
-    if which:
-        both = [torch.cat([tokens[i] for i in which]) for tokens in (first, second)]
-        loss = loss + mark_loss(readings, *both, [batch.marks[i] for i in which])
-    which = [i for i, changes in enumerate(batch.changes) if changes is not None]
-    if which:
-        own = torch.cat([second[i] for i in which])
-        true = torch.cat([batch.changes[i] for i in which]).float()
+    marked = known(batch.marks)
+    if marked:
+        marks = [batch.marks[i] for i in marked]
+        loss = loss + mark_loss(readings, joined(first, marked), joined(second, marked), marks)
+    changed = known(batch.changes)
+    if changed:
+        logits = readings["changes"](joined(second, changed))
+        true = joined(batch.changes, changed).float()
         # Changes are rare.
-        loss = loss + 10 * F.binary_cross_entropy_with_logits(readings["changes"](own), true)
-    return -likelihood, loss
+        loss = loss + 10 * F.binary_cross_entropy_with_logits(logits, true)
+    return loss
+
+
+def known(labels):
+    """Places of the prompts that have such labels."""
+    return [i for i, own in enumerate(labels) if own is not None]
+
+
+def joined(tensors, places):
+    return torch.cat([tensors[i] for i in places])
 
 
 def batch_loss(thinker, pool, readings, batch):
@@ -121,13 +135,17 @@ def train_towers(thinker, pool, steps, batch):
     rng = np.random.default_rng(pool.rng.integers(2 ** 32))
     start = time.time()
     for step in range(steps):
-        videos = [pool.videos[i] for i in rng.integers(len(pool.videos), size=batch)]
-        pictures = [pool.pictures[i] for i in rng.integers(len(pool.pictures), size=batch // 2)]
+        videos = drawn(rng, pool.videos, batch)
+        pictures = drawn(rng, pool.pictures, batch // 2)
         losses, recall = tower_losses(thinker, pool.processor, heads, videos, pictures)
         optimizers.step(sum(losses.values()), ramp(step, steps, 50, 0.4))
         if step % 50 == 0 or step == steps - 1:
             values = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
             print(f"towers {step}: {values} recall {recall:.2f} {time.time() - start:.0f} s", flush=True)
+
+
+def drawn(rng, items, n):
+    return [items[i] for i in rng.integers(len(items), size=n)]
 
 
 def tower_losses(thinker, processor, heads, videos, pictures):
@@ -221,7 +239,8 @@ def train_text(thinker, pool, steps, batch):
     optimizers = Optimizers(thinker)
     start = time.time()
     for step in range(steps):
-        loss, _ = batch_loss(thinker, pool, None, pool.texts_batch(batch))
+        texts = pool.texts_batch(batch)
+        loss, _ = batch_loss(thinker, pool, None, texts)
         optimizers.step(loss, ramp(step, steps, 50, 0.4))
         if step % 50 == 0 or step == steps - 1:
             print(f"text {step}: {loss.item():.3f} {time.time() - start:.0f} s", flush=True)
@@ -250,9 +269,11 @@ def train_all(thinker, pool, options, path):
             wake_towers(thinker, pool)
         pictures = pool.pictures_batch(2 * options.batch, alone=step < 80)
         grounding, marking = batch_loss(thinker, pool, readings, pictures)
-        answering, marking_too = batch_loss(thinker, pool, readings, pool.videos_batch(options.batch))
+        videos = pool.videos_batch(options.batch)
+        answering, marking_too = batch_loss(thinker, pool, readings, videos)
         # The look-up of texts is forgotten otherwise: the habits of videos hardly need it.
-        looking_up, _ = batch_loss(thinker, pool, readings, pool.texts_batch(options.batch // 2))
+        texts = pool.texts_batch(options.batch // 2)
+        looking_up, _ = batch_loss(thinker, pool, readings, texts)
         loss = grounding + answering + looking_up + marking + marking_too
         optimizers.step(loss, options.rate * ramp(step, steps, 100, options.decay))
         last = step == steps - 1
