@@ -232,3 +232,32 @@ def test_a_policy_is_gone_on_from(tmp_path, capsys):
     assert stop.value.code == 2
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("option,value", [
+    ("--scenes", "0"), ("--steps", "0"), ("--batch", "1"), ("--threads", "0"), ("--seed", "-1"),
+    ("--rate", "nan"), ("--decay", "0"), ("--resting", "2"), ("--out", "/dev/null/x"), ("--step", "1"),
+])
+def test_wrong_options_are_told_in_a_line(option, value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["policy", "--out", str(tmp_path / "new"), option, value])
+    assert stop.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and option in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shipped_weights_are_not_written_over_by_chance(capsys):
+    for what in ("policy", "sam2"):
+        with pytest.raises(SystemExit) as stop:
+            main([what])
+        assert stop.value.code == 2
+        assert "--out is needed" in capsys.readouterr().err
+
+
+def test_pictures_without_a_lone_thing_will_do(processor):
+    """A few scenes may show several things on every picture."""
+    pool = Pool(processor, [3, 4, 5], seed=0)
+    pool.pictures = [picture for picture in pool.pictures if len(picture.things) > 1]
+    assert pool.pictures
+    assert len(pool.pictures_batch(2, alone=True).inputs) == 2

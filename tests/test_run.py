@@ -451,7 +451,7 @@ def test_a_worker_ends_with_its_parent(monkeypatch):
 
 
 def test_a_parent_that_is_gone_while_it_takes_a_tensor_is_no_stack_trace_of_its_worker(capfd):
-    """No kill hits that moment on purpose. A connection that is closed unread looks the same to the worker."""
+    """No kill hits that moment on purpose. To the worker a connection closed unread looks the same."""
     def work():
         run.draw.begin_worker(0)
         shared = DupFd(sys.stdout.fileno())

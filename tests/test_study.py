@@ -1,5 +1,6 @@
 """toy/study.py: the plan, the runner, tables on made-up results; what the studies measure and train on."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
 from benchmarks.metrics import score_video
 from benchmarks.toy import HELD_OUT, RELATIONS, draw_query, toy_queries, toy_scene
@@ -65,6 +67,10 @@ def test_recipes_are_settings_of_the_programs():
     (["nothing"], "nothing"),
     (["all", "--seeds", "0,0"], "--seeds 0,0"),
     (["all", "--seeds", "x"], "--seeds x"),
+    (["all", "--seeds", "00,0"], "--seeds 00,0"),
+    (["all", "--seeds", "10000000000"], "--seeds 10000000000"),
+    (["all", "--seeds", "9" * 5000], "--seeds 999"),
+    (["all", "--clips", "1001"], "--clips 1001"),
     (["all", "--clips", "0"], "--clips"),
     (["all", "--step", "1"], "--step"),
     (["all", "--out", "/dev/null/x"], "/dev/null/x"),
@@ -83,6 +89,8 @@ def test_wrong_options_are_told_in_a_line(words, problem, capsys):
     (supervised.main, ["--lr", "nan"]),
     (supervised.main, ["--steps", "100000"]),
     (supervised.main, ["--out", str(ROOT)]),
+    (supervised.main, ["--out", "new/.."]),
+    (supervised.main, ["--seed", "1000000001"]),
     (grounding.main, ["boxes"]),
     (grounding.main, ["frames", "--policy", "nowhere"]),
 ])
@@ -91,6 +99,17 @@ def test_wrong_options_of_its_programs_too(main, words, capsys):
         main(words)
     assert ending.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("advice", [{"steps": 0}, {"batch": "8"}, {"updates": 1.5}, {"steps": True}])
+def test_supervision_takes_no_wrong_advice(advice, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "training.json").write_text(json.dumps(advice))
+    with pytest.raises(SystemExit) as ending:
+        supervised.read_options(["--policy", str(tmp_path), "--out", str(tmp_path / "new")])
+    assert ending.value.code == 2
+    name, = advice
+    assert f"training.json: {name} must be a whole number from 1" in capsys.readouterr().err
 
 
 def test_runs_of_other_lengths_are_not_mixed(tmp_path, capsys):
@@ -120,6 +139,13 @@ def test_time_is_estimated_by_what_was_measured(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 21
     assert lines[0].startswith("finished cold/test: eval.py --split test")
+
+
+def test_a_line_of_times_that_was_cut_is_left_out(tmp_path):
+    lines = ['{"program": "a", "seconds": 2}', '{"program": "a", "sec', "[]", '{"program": "a"}',
+             '{"program": "a", "seconds": "x"}', '{"program": "a", "seconds": -5}']
+    (tmp_path / "times.jsonl").write_text("\n".join(lines))
+    assert study.measured(tmp_path) == {"a": 2}
 
 
 # ---- the runner ------------------------------------------------------------------------------------
@@ -190,6 +216,105 @@ def test_what_runs_is_ended_when_the_study_is(tmp_path):
     assert time.time() - start < 30
     assert not after.finished
     assert not (tmp_path / "times.jsonl").exists()
+
+
+def test_an_error_of_one_chain_is_told_and_others_go_on(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    broken = made_up_run(tmp_path, "broken")
+    # In place of its log there is a folder.
+    (tmp_path / "logs/broken.log").mkdir()
+    other = made_up_run(tmp_path, "other")
+    assert not Runner(tmp_path).run_all([[broken], [other]], 1)
+    assert "broken.log" in capsys.readouterr().out
+    assert other.finished
+
+
+def test_a_reader_that_has_gone_ends_no_study(tmp_path, monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            pass
+
+    (tmp_path / "logs").mkdir()
+    chain = [made_up_run(tmp_path, "first"), made_up_run(tmp_path, "second")]
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert Runner(tmp_path).run_all([chain], 1)
+
+
+def test_what_a_failure_said_is_of_its_own_run(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("of a run before\n")
+    assert study.last_line(log, 16) == "it printed nothing"
+    with open(log, "a") as file:
+        file.write("10%\r50%\rerror: no such thing\n")
+    assert study.last_line(log, 16) == "error: no such thing"
+    log.write_bytes(b"10%\r50%\r")
+    assert study.last_line(log) == "50%"
+
+
+def test_times_do_not_follow_the_clock_of_the_day(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    hours = iter(range(100, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: 3600 * next(hours))
+    run = made_up_run(tmp_path, "one")
+    assert Runner(tmp_path).run_all([[run]], 1)
+    row = json.loads((tmp_path / "times.jsonl").read_text())
+    assert 0 <= row["seconds"] < 60
+
+
+def test_small_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "study.json"
+    study.write_whole(path, dict(clips=1))
+
+    def full_disk(self, text):
+        with open(self, "w") as file:
+            file.write(text[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match=f"cannot write {path} .No space left"):
+        study.write_whole(path, dict(clips=2))
+    assert json.loads(path.read_text()) == dict(clips=1)
+
+
+def test_one_study_at_a_time_writes_to_a_folder(tmp_path):
+    options = options_of("all", out=tmp_path)
+    assert study.run_studies({}, options)
+    with open(tmp_path / "lock", "w") as file:
+        study.lock_folder(file, tmp_path)
+        with pytest.raises(BadInput, match="another study.* is writing to"):
+            study.run_studies({}, options)
+    assert study.run_studies({}, options)
+
+
+def test_a_foreign_lock_is_named(tmp_path):
+    options = options_of("all", out=tmp_path)
+    # To open it would wait for ever.
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(BadInput, match="lock is no ordinary file"):
+        study.run_studies({}, options)
+
+
+def test_programs_that_outlive_a_killed_study_keep_its_folder(tmp_path):
+    (tmp_path / "logs").mkdir()
+    sleeper = made_up_run(tmp_path, "sleeper", "import time; time.sleep(60)")
+    file = open(tmp_path / "lock", "w")
+    study.lock_folder(file, tmp_path)
+    runner = Runner(tmp_path, (file.fileno(),))
+    thread = threading.Thread(target=runner.run_chain, args=([sleeper],))
+    thread.start()
+    while not runner.processes:
+        time.sleep(0.01)
+    # As where the study dies.
+    file.close()
+    with open(tmp_path / "lock", "w") as other:
+        with pytest.raises(BadInput, match="a program that one has started"):
+            study.lock_folder(other, tmp_path)
+        runner.stop()
+        thread.join()
+        study.lock_folder(other, tmp_path)
 
 
 def test_a_run_takes_one_core(tmp_path, monkeypatch):
@@ -356,11 +481,78 @@ def test_the_whole_report_needs_no_results(tmp_path, capsys):
     options = options_of("table", out=tmp_path)
     rows = rows_of_clips(50, lambda _: NULL, "heard")
     write_results(study.results_file("cold", 0, "heard", options), rows)
-    study.main(["table", "--out", str(tmp_path)])
+    study.main(["table", "--clips", "3", "--out", str(tmp_path)])
     assert "cold start, any visible thing, segmented perfectly" in capsys.readouterr().out
 
 
+GOOD = {"name": "toy/test/0/0", "kind": "referring", "query": "the red circle", "J&F": 50.0, "text": ""}
+
+
+@pytest.mark.parametrize("report", [
+    "",
+    "[]",
+    '{"expressions": [{"name": "toy/te',
+    "{}",
+    '{"expressions": [1]}',
+    '{"expressions": [{}]}',
+    '{"expressions": [{"name": 3}]}',
+    '{"expressions": [{"name": "toy/test/x/0"}]}',
+    json.dumps(dict(expressions=[GOOD, GOOD])),
+    json.dumps(dict(expressions=[GOOD | {"J&F": "50"}])),
+    json.dumps(dict(expressions=[GOOD | {"J&F": 500}])),
+    json.dumps(dict(expressions=[GOOD | {"J&F": 50}])).replace("50", "1e999"),
+    json.dumps(dict(expressions=[{key: value for key, value in GOOD.items() if key != "kind"}])),
+    json.dumps(dict(expressions=[GOOD | dict(problem="missing")])),
+    # Those of another number of clips, and of another split.
+    json.dumps(dict(expressions=[GOOD, GOOD | dict(name="toy/test/1/0")])),
+    json.dumps(dict(expressions=[GOOD | dict(name="toy/long/0/0")])),
+])
+def test_a_foreign_results_json_is_named(report, tmp_path, capsys):
+    path = study.results_file("cold", 0, "test", options_of("table", out=tmp_path))
+    path.parent.mkdir(parents=True)
+    path.write_text(report)
+    with pytest.raises(SystemExit) as ending:
+        study.main(["table", "--clips", "1", "--out", str(tmp_path)])
+    assert ending.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and str(path) in line
+
+
+def test_a_damaged_narration_is_named(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(path, [GOOD | dict(kind="reasoning", text=None)])
+    with pytest.raises(BadInput, match=str(path)):
+        tables.narration_table({"cold start": dict(reasoning=[path])})
+
+
+def test_pictures_are_of_the_clips_that_have_a_target():
+    expected = tables.expected_clips("pictures", "test", 12)
+    assert expected == {("test", index) for index in range(12) if grounding.two_pictures(index)}
+
+
+def test_the_figure_of_a_named_folder_is_written_there(tmp_path, capsys):
+    words = ["--clips", "1", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        study.main(["figure", *words])
+    assert "holds no results" in capsys.readouterr().err
+    write_results(study.results_file("cold", 0, "test", options_of("figure", out=tmp_path)), [GOOD])
+    study.main(["figure", *words])
+    assert Image.open(tmp_path / "study.png").size[0] > 500
+    assert study.read_options(["figure"]).figure == ROOT / "toy/study.png"
+
+
 # ---- supervised fine-tuning ------------------------------------------------------------------------
+def test_a_full_disk_leaves_no_half_policy(tmp_path):
+    class Policy:
+        def save_pretrained(self, path):
+            path.mkdir()
+            raise SafetensorError("I/O error: No space left on device")
+
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/new.partial .I/O error"):
+        supervised.write_policy(Policy(), None, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
 def test_supervision_has_the_clips_and_prompts_of_grpo():
     settings = read_settings(Settings, "", ["--seed", "3"])
     processor = Processor(TOY)

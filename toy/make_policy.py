@@ -22,6 +22,7 @@ from toy.directory import TIMES, write_directory
 from toy.lessons import KINDS
 from toy.optimizers import Optimizers, ramp
 from toy.pool import Pool, visible_things
+from trust.errors import BadInput, reading
 
 
 # ---- losses of the policy --------------------------------------------------------------------------
@@ -315,13 +316,17 @@ def make_policy(path, options):
         dist.barrier()
     thinker, processor = new_policy(path)
     if earlier:
-        thinker.load_state_dict(earlier.state_dict())
+        # It may be of another size.
+        with reading(options.begin):
+            thinker.load_state_dict(earlier.state_dict())
     # The cold start trains the towers too.
     thinker.requires_grad_(True)
     start = time.time()
     first = options.first_scene + rank * options.scenes
     scenes = range(first, first + options.scenes)
     pool = Pool(processor, scenes, options.seed + 1000 * rank)
+    if not pool.pictures:
+        raise BadInput(f"nothing is to be seen in --scenes {options.scenes}: take more")
     millions = sum(p.numel() for p in thinker.parameters()) / 1e6
     print(f"{len(scenes)} scenes in {time.time() - start:.0f} s; {millions:.2f}M parameters", flush=True)
     if not earlier:

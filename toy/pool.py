@@ -288,8 +288,12 @@ class Pool:
         )
 
     def pictures_batch(self, size, alone) -> Batch:
-        """Grounding one visible thing of each picture. alone: pictures that show no other."""
+        """Grounding one visible thing of each picture.
+
+        alone: only of pictures that show no other thing, if there are any.
+        """
         batch = Batch()
+        alone = alone and any(len(picture.things) == 1 for picture in self.pictures)
         while len(batch.inputs) < size:
             picture = self.pictures[self.rng.integers(len(self.pictures))]
             if alone and len(picture.things) > 1:

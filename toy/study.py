@@ -4,19 +4,23 @@
     python toy/study.py rewards           one of them
     python toy/study.py all --plan        every run, and how long those that are missing may take
     python toy/study.py table             all tables, from what is on disk
-    python toy/study.py figure            toy/study.png, from what is on disk
+    python toy/study.py figure            toy/study.png (with --out: OUT/study.png), from what is on disk
     python toy/study.py all --quick       each with a few steps and clips: shows that it works, and no more
 
 A study compares recipes. A recipe makes one policy for each seed, and every policy is evaluated in the ways
 that the study's columns need. Studies share runs. A finished run is not made again; one cut off goes on.
+Only one process at a time runs studies in a folder.
 
     OUT/out/RECIPE-seedN/              a training, as train.py writes it
     OUT/eval/RECIPE-seedN/EVALUATION/  results.json and the predictions
     OUT/commands/                      what made each result
     OUT/logs/, OUT/times.jsonl         what the programs printed, and how long they took
+    OUT/study.json, OUT/lock           what all runs have in common; who is writing
 """
+import fcntl
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,6 +28,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,9 +36,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from trust.errors import BadInput, fail
-from trust.files import read_json
-from trust.options import TOY_POLICY, TOY_SAM2, Parser, at_least, check_out
-from trust.program import INTERRUPTED
+from trust.files import PARTIAL, check_file, read_json, writing
+from trust.options import LARGEST_SEED, TOY_POLICY, TOY_SAM2, Parser, at_least, check_out
+from trust.program import INTERRUPTED, begin_program, tell
 
 
 # ---- recipes: how a policy is made -----------------------------------------------------------------
@@ -88,6 +93,8 @@ EVALUATIONS = {
 }
 # Five things narrated and four keyframes have fewer tokens.
 ANSWER_TOKENS = 160
+# A split has no more.
+MOST_CLIPS = 1000
 
 
 # ---- studies ---------------------------------------------------------------------------------------
@@ -193,20 +200,34 @@ def read_options(arguments=None):
     add("--jobs", type=at_least(1), help="runs at a time, each on one core (default: 1; with --quick 2)")
     add("--plan", action="store_true", help="lists the runs and ends")
     options = parser.parse_args(arguments)
+    in_place = options.out is None and not options.quick
     for name, value in (QUICK if options.quick else USUAL).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    seeds = options.seeds.split(",")
-    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
-        parser.error(f"--seeds {options.seeds}: whole numbers from 0 by commas, each once")
-    options.seeds = [int(seed) for seed in seeds]
     try:
+        options.seeds = read_seeds(options.seeds)
+        if options.clips > MOST_CLIPS:
+            raise BadInput(f"--clips {options.clips}: a split has {MOST_CLIPS}")
         check_out(options.out)
         options.out = Path(options.out).absolute()
+        options.figure = ROOT / "toy/study.png" if in_place else options.out / "study.png"
         check_place(options)
     except (OSError, BadInput) as error:
         sys.exit(fail(error))
     return options
+
+
+def read_seeds(text: str) -> list[int]:
+    """The seeds of a text such as "0,1,2". Raises BadInput for others."""
+    seeds = []
+    for part in text.split(","):
+        # int() refuses thousands of digits with an error of its own.
+        right = part.isdecimal() and len(part) <= 10 and int(part) <= LARGEST_SEED
+        if not right or int(part) in seeds:
+            wanted = f"whole numbers from 0 to {LARGEST_SEED} by commas, each once"
+            raise BadInput(f"--seeds {text[:80]}: {wanted}")
+        seeds.append(int(part))
+    return seeds
 
 
 def facts_of_place(options) -> dict:
@@ -362,13 +383,16 @@ def record_file(name, program, options) -> Path:
 class Runner:
     """Runs chains, a few at a time."""
     out: Path
+    kept_open: tuple = ()    # numbers of files that stay open in the programs it starts
     processes: set = field(default_factory=set)
     stopped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run_all(self, chains, jobs) -> bool:
         """Whether all of them could be finished. Ctrl-C and SIGTERM end what runs; train.py saves first."""
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, signal.default_int_handler)
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 return all(list(pool.map(self.run_chain, chains)))
@@ -376,7 +400,9 @@ class Runner:
                 self.stop()
                 raise
             finally:
-                signal.signal(signal.SIGTERM, before)
+                # While the programs end, a second signal ends this one at once.
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def stop(self):
         with self.lock:
@@ -386,36 +412,44 @@ class Runner:
 
     def run_chain(self, chain) -> bool:
         """Whether all runs of a chain are finished. After one that fails, the rest is left out."""
-        for run in [run for run in chain if not run.finished]:
-            if not self.run(run):
-                return False
+        try:
+            for run in [run for run in chain if not run.finished]:
+                if not self.run(run):
+                    return False
+        # Told now: other chains may go on for hours.
+        except (OSError, BadInput) as error:
+            tell(f"{chain[0].name}: {error}")
+            return False
         return True
 
     def run(self, run) -> bool:
         log = self.out / "logs" / f"{run.name.replace('/', '-')}.log"
-        start = time.time()
+        # The clock of the day may be set while a run takes its time.
+        start = time.monotonic()
         with open(log, "ab") as file:
+            earlier = file.tell()
             with self.lock:
                 if self.stopped:
                     return False
-                process = subprocess.Popen(
-                    run.command, cwd=self.out, env=environment(), stdout=file, stderr=file)
+                process = subprocess.Popen(run.command, cwd=self.out, env=environment(), stdout=file,
+                                           stderr=file, pass_fds=self.kept_open)
                 self.processes.add(process)
             code = process.wait()
         with self.lock:
             self.processes.discard(process)
             if self.stopped:
                 return False
-            seconds = round(time.time() - start, 1)
+            seconds = round(time.monotonic() - start, 1)
             if not code and run.program != "toy/grounding.py" and not run.result.exists():
-                print(f"{run.name}: ended before it was finished; the same command goes on", flush=True)
+                tell(f"{run.name}: ended before it was finished; the same command goes on")
                 return False
             if code:
-                print(f"{run.name}: failed with code {code}: {last_line(log)} (all of it: {log})", flush=True)
+                tell(f"{run.name}: failed with code {code}: {last_line(log, earlier)} (all of it: {log})")
                 return False
-            run.record.write_text(json.dumps(dict(command=run.words)))
-            print(f"{run.name}: {run.program}, {seconds / 60:.1f} minutes", flush=True)
-            with open(self.out / "times.jsonl", "a") as file:
+            write_whole(run.record, dict(command=run.words))
+            tell(f"{run.name}: {run.program}, {seconds / 60:.1f} minutes")
+            times = self.out / "times.jsonl"
+            with writing(times), open(times, "a") as file:
                 file.write(json.dumps(dict(name=run.name, program=run.program, seconds=seconds)) + "\n")
         return True
 
@@ -426,9 +460,34 @@ def environment() -> dict:
     return os.environ | own
 
 
-def last_line(path) -> str:
-    lines = path.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+def last_line(path, earlier: int = 0) -> str:
+    """The last line of a log, without its first `earlier` bytes: those are of runs before."""
+    with open(path, "rb") as file:
+        file.seek(earlier)
+        text = file.read().decode(errors="replace")
+    # Progress bars end their lines with \r.
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
+
+
+def write_whole(path, value: dict) -> None:
+    """Writes a JSON file all at once: a kill or a full disk leaves what was there before."""
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    with writing(path):
+        partial.write_text(json.dumps(value))
+        os.replace(partial, path)
+
+
+def lock_folder(file, out) -> None:
+    """Locks OUT by the open file `file`. Raises BadInput where others hold the lock.
+
+    The programs that hold the file open hold the lock too, also where the study itself was killed.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"another study, or a program that one has started, is writing to {out}: "
+                       f"wait for it to end, or give another --out") from None
 
 
 # ---- how long it takes -----------------------------------------------------------------------------
@@ -437,9 +496,13 @@ def measured(out: Path) -> dict:
     seconds = {}
     path = out / "times.jsonl"
     if path.exists():
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            seconds.setdefault(row["program"], []).append(row["seconds"])
+        check_file(path)
+        for line in path.read_text(errors="replace").splitlines():
+            # A full disk may have cut a line. No more than a time is lost.
+            with suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if 0 <= row["seconds"] < math.inf:
+                    seconds.setdefault(row["program"], []).append(row["seconds"])
     return {program: sum(values) / len(values) for program, values in seconds.items()}
 
 
@@ -469,10 +532,43 @@ def run_studies(studies, options) -> bool:
     """Runs what is missing. Returns whether all of it could be finished."""
     for folder in ("logs", "commands"):
         (options.out / folder).mkdir(parents=True, exist_ok=True)
-    (options.out / "study.json").write_text(json.dumps(facts_of_place(options)))
-    chains = plan(studies, options)
-    print(estimate(chains, options), flush=True)
-    return Runner(options.out).run_all(chains, options.jobs)
+    lock = options.out / "lock"
+    if lock.exists():
+        check_file(lock)
+    with open(lock, "w") as file:
+        lock_folder(file, options.out)
+        # Another study may have begun there since the options were read.
+        check_place(options)
+        write_whole(options.out / "study.json", facts_of_place(options))
+        chains = plan(studies, options)
+        tell(estimate(chains, options))
+        return Runner(options.out, (file.fileno(),)).run_all(chains, options.jobs)
+
+
+def split_of(evaluation: str) -> str:
+    """The split of an evaluation's clips."""
+    program, words = EVALUATIONS[evaluation]
+    # toy/grounding.py has no other.
+    return words.split()[1] if program == "eval.py" else "test"
+
+
+def show(studies, options) -> None:
+    """Prints the tables, or draws the figure, of what is on disk. Raises BadInput for foreign results."""
+    # Slow to import.
+    from toy.tables import check_results, draw_figure, print_tables
+    files = {name: files_of(study, options) for name, study in studies.items()}
+    there = 0
+    for of_study in files.values():
+        for own in of_study.values():
+            for evaluation, paths in own.items():
+                there += check_results(paths, evaluation, split_of(evaluation), options.clips)
+    if options.name != "figure":
+        print_tables(studies, files)
+        return
+    if not there:
+        raise BadInput(f"{options.out} holds no results to draw")
+    draw_figure(studies, files, options.figure)
+    print(f"written: {options.figure}")
 
 
 def main(arguments=None):
@@ -484,15 +580,7 @@ def main(arguments=None):
             return print_plan(plan(studies, options), options)
         if options.name not in ("table", "figure"):
             whole = run_studies(studies, options)
-        # Slow to import.
-        from toy.tables import draw_figure, print_tables
-        files = {name: files_of(study, options) for name, study in studies.items()}
-        if options.name == "figure":
-            path = options.out / "study.png" if options.quick else ROOT / "toy/study.png"
-            draw_figure(studies, files, path)
-            print(f"written: {path}")
-        else:
-            print_tables(studies, files)
+        show(studies, options)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -503,4 +591,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    begin_program()
     main()

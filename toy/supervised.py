@@ -22,8 +22,15 @@ ROOT = str(Path(__file__).parent.parent)
 sys.path.insert(0, ROOT)
 
 from trust.errors import BadInput, fail
-from trust.files import read_json
-from trust.options import TOY_POLICY, Parser, at_least, check_out, check_policy_folder
+from trust.files import PARTIAL, read_json, writing
+from trust.options import (
+    LARGEST_SEED,
+    TOY_POLICY,
+    Parser,
+    at_least,
+    check_out,
+    check_policy_folder,
+)
 from trust.program import begin_program
 
 
@@ -49,12 +56,13 @@ def read_options(arguments=None):
     try:
         check_policy_folder(options.policy)
         check_out(options.out)
+        # "a/" is "a", and "a/.." has a name.
+        options.out = os.path.abspath(options.out)
         if os.path.exists(options.out):
             raise BadInput(f"{options.out} exists; give another --out")
-        advice = read_json(os.path.join(options.policy, "training.json"))
-        for name in ("steps", "batch", "updates"):
-            if getattr(options, name) is None:
-                setattr(options, name, advice.get(name, 1))
+        take_advice(options)
+        if options.seed > LARGEST_SEED:
+            raise BadInput(f"--seed {options.seed} must be at most {LARGEST_SEED}")
         if not 0 < options.lr < 1:
             raise BadInput(f"--lr {options.lr} must be between 0 and 1")
         if options.steps * options.batch > TRAINING_CLIPS:
@@ -62,6 +70,18 @@ def read_options(arguments=None):
     except (OSError, BadInput) as error:
         sys.exit(fail(error))
     return options
+
+
+def take_advice(options) -> None:
+    """Sets the numbers that are not given to those of the policy's training.json, or 1."""
+    path = os.path.join(options.policy, "training.json")
+    advice = read_json(path)
+    for name in ("steps", "batch", "updates"):
+        if getattr(options, name) is None:
+            value = advice.get(name, 1)
+            if type(value) is not int or value < 1:
+                raise BadInput(f"{path}: {name} must be a whole number from 1, not {value}")
+            setattr(options, name, value)
 
 
 if __name__ == "__main__":
@@ -72,6 +92,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from benchmarks.toy import HELD_OUT, draw_query, scene_clip, toy_scene
 from data import Processor, grounding_prompt, prompt_inputs
@@ -156,13 +177,23 @@ def train(options):
         optimizer.zero_grad()
         if n % 20 == 0 or n == total - 1:
             print(f"{n} of {total}: loss {loss.item():.3f}", flush=True)
-    # "a/" is "a".
-    out = Path(options.out)
-    partial = out.with_name(f"{out.name}.partial")
+    write_policy(thinker, processor, Path(options.out))
+
+
+def write_policy(thinker, processor, out: Path) -> None:
+    """Writes a policy's directory all at once. Raises OSError where it cannot be written."""
+    partial = out.with_name(f"{out.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
-    thinker.save_pretrained(partial)
-    processor.save(partial)
-    os.replace(partial, out)
+    try:
+        with writing(partial):
+            thinker.save_pretrained(partial)
+            processor.save(partial)
+        os.replace(partial, out)
+    # safetensors has an error of its own for a full disk.
+    except SafetensorError as error:
+        raise OSError(f"cannot write {partial} ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main(arguments=None):

@@ -17,7 +17,8 @@ from benchmarks.metrics import paired_difference, score_video
 from benchmarks.toy import HELD_OUT, RELATIONS, draw_query, relations, toy_scene
 from data import FPS, answer_text, is_null, parse_moments
 from toy.lessons import narrated
-from trust.files import read_json
+from trust.errors import BadInput, reading
+from trust.files import read_json, writing
 
 
 # ---- what is true of a clip ------------------------------------------------------------------------
@@ -46,8 +47,9 @@ def truth_of(row: dict):
 def chance(scores: dict) -> tuple[float, float]:
     """(J&F, share named right), in %, of somebody who takes any visible thing of each clip.
 
-    scores: {name of a clip: J&F of who is asked with the sound}. They hold where the thing is the target. Any
-    other thing is segmented perfectly, and has the J&F of its true masks: frames that show neither count.
+    scores: {name of a clip: J&F of a policy that hears the sound}. The target counts with this score. Any
+    other thing counts with the J&F of its own true masks, as if it were segmented perfectly: a frame that
+    shows neither it nor the target has 100.
     """
     means = []
     named = []
@@ -114,18 +116,57 @@ def counts(row: dict, kind: str) -> bool:
 
 
 def values(path: Path, column) -> dict:
-    """{name of a clip: value} of a results.json for a column of a study."""
+    """{name of a clip: value} of a results.json for a column of a study.
+
+    Raises BadInput where a row has not what the column needs, or no value from 0 to 100.
+    """
     found = {}
-    for row in rows_of(path):
-        value = value_of(row, column.value)
-        if counts(row, column.kind) and value is not None:
+    with reading(path):
+        for row in rows_of(path):
+            value = value_of(row, column.value)
+            if not counts(row, column.kind) or value is None:
+                continue
+            if not 0 <= value <= 100:
+                raise ValueError(f"{row['name']}: {column.value} is {value}")
             found[row["name"]] = value
     return found
 
 
 @lru_cache(maxsize=64)
 def rows_of(path: Path) -> list[dict]:
-    return read_json(path)["expressions"]
+    """The rows of a results.json. Raises BadInput where it has none, or two of a name."""
+    with reading(path):
+        rows = read_json(path)["expressions"]
+        names = [row["name"] for row in rows]
+        if len(set(names)) < len(names):
+            raise ValueError("a row comes twice")
+    return rows
+
+
+def check_results(paths: list[Path], evaluation: str, split: str, clips: int) -> int:
+    """How many of these results.json are there. Raises BadInput where one is not of the first `clips` clips
+    of the split, or has a clip whose prediction is missing or broken.
+    """
+    there = [path for path in paths if path.exists()]
+    expected = expected_clips(evaluation, split, clips) if there else set()
+    for path in there:
+        with reading(path):
+            rows = rows_of(path)
+            if {place_of(row["name"]) for row in rows} != expected:
+                raise BadInput(f"{path} is not of the first {clips} clips of the split {split}")
+            for row in rows:
+                if row.get("problem"):
+                    raise BadInput(f"{path}: {row['name']}: {row['problem']}")
+    return len(there)
+
+
+def expected_clips(evaluation: str, split: str, clips: int) -> set[tuple[str, int]]:
+    """(split, index) of the clips that an evaluation has rows of."""
+    indices = range(clips)
+    if evaluation == "pictures":
+        # A null query has no target to show.
+        indices = [index for index in indices if truth(split, index)[0] is not None]
+    return {(split, index) for index in indices}
 
 
 # ---- intervals -------------------------------------------------------------------------------------
@@ -201,7 +242,11 @@ def narration_table(files: dict) -> str:
     for relation in RELATIONS:
         cells = []
         for own in files.values():
-            scores = [narrated_right(rows_of(path), relation) for path in own["reasoning"] if path.exists()]
+            scores = []
+            for path in own["reasoning"]:
+                if path.exists():
+                    with reading(path):
+                        scores.append(narrated_right(rows_of(path), relation))
             if not scores:
                 cells += [""] * 3
             for several in zip(*scores):
@@ -285,6 +330,7 @@ def draw_figure(studies: dict, files: dict, path: Path) -> None:
         axis.set_title(f"{study.title}: {column.header}", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     try:
-        figure.savefig(path, dpi=80)
+        with writing(path):
+            figure.savefig(path, dpi=80)
     finally:
         pyplot.close(figure)

@@ -16,6 +16,7 @@ TOY_POLICY = str(ROOT / "toy/policy")
 TOY_SAM2 = str(ROOT / "toy/sam2/model.pt")
 
 MOST_FRAMES = 24    # most frames of a clip that System 1 sees
+LARGEST_SEED = 1_000_000_000
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
