@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 
 from benchmarks.metrics import score_video
 from benchmarks.toy import HELD_OUT, RELATIONS, draw_query, toy_queries, toy_scene
-from data import FPS, Processor, keyframes, parse_moments
+from data import FPS, Processor, answer_text, keyframes, parse_moments
 from run.draw import TrainingItems, training_sources
 from run.plan import check_shares
 from run.settings import read_settings
 from tests.world import ROOT, TOY
 from toy import grounding, study, supervised, tables
-from toy.lessons import narrated, right_answer, scene_accounts
+from toy.lessons import narrated, right_answer, scene_accounts, unreasoned_answer
 from toy.study import EVALUATIONS, RECIPES, STUDIES, Column, Run, Runner, Study
 from train import Settings
 from trust.errors import BadInput
@@ -595,8 +595,21 @@ def test_right_answers_are_right():
                 times = [float(time.removeprefix("00:")) * FPS for time in span.split(" to ")]
                 frames = np.flatnonzero(areas)
                 assert times == [frames[0], frames[-1]]
+            bare = unreasoned_answer(kind, scene_accounts(scene), name)
+            assert tables.named_right(bare, name) and not narrated(bare)
+            assert answer_text(bare) == answer_text(text)
             seen.add(kind)
     assert len(seen) == 4
+
+
+def test_supervision_without_reasoning_is_asked_the_same():
+    processor = Processor(TOY)
+    for i in range(4):
+        inputs, text = supervised.example(processor, i, 3, i, ())
+        same, bare = supervised.example(processor, i, 3, i, (), unreasoned_answer)
+        assert same.ids.equal(inputs.ids)
+        assert answer_text(bare) == answer_text(text)
+        assert len(bare) < len(text) or "null" in text
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -159,12 +159,15 @@ def moments_answer(account, T, rng) -> str:
 
 def answer_at(times, account) -> str:
     """The end of the reasoning, and the answer that names these frames."""
+    return f", clearest at {frame_time(account.clearest)}.</think>" + answer_alone(times, account)
+
+
+def answer_alone(times, account) -> str:
     moments = []
     for t in times:
         moment = frame_time(t)
         moments.append(dict(start_time=moment, end_time=moment, description=account.name))
-    clearest = frame_time(account.clearest)
-    return f", clearest at {clearest}.</think><answer>{json.dumps(moments)}</answer>"
+    return f"<answer>{json.dumps(moments)}</answer>"
 
 
 def direct(account) -> str:
@@ -188,6 +191,14 @@ def right_answer(kind, accounts, name) -> str:
     [target] = [account for account in accounts if account.name == name]
     beginning = reasoned(accounts, target) if kind == "reasoning" else direct(target)
     return beginning + answer_at([target.clearest], target)
+
+
+def unreasoned_answer(kind, accounts, name) -> str:
+    """As right_answer, but it only names the target: labels of real data tell no more than that."""
+    if name is None:
+        return NULL_ANSWER
+    [target] = [account for account in accounts if account.name == name]
+    return f"<think>The target is the {name}.</think>" + answer_alone([target.clearest], target)
 
 
 def habitual_answer(kind, accounts, name, T, rng) -> str:

@@ -61,6 +61,12 @@ RECIPES = {
     "sft": Recipe("supervised", "--lr 7e-4", "toy/supervised.py"),
     "sft_slow": Recipe("supervised, lr 2e-4", "--lr 2e-4", "toy/supervised.py"),
     "sft_four": Recipe("supervised, four kinds", "--lr 7e-4 --data toy_four", "toy/supervised.py"),
+    "sft_bare": Recipe("supervised, no reasoning", "--lr 7e-4 --reasoning false", "toy/supervised.py"),
+    "sft_bare_four": Recipe(
+        "supervised, no reasoning, four kinds",
+        "--lr 7e-4 --reasoning false --data toy_four",
+        "toy/supervised.py",
+    ),
     "low_sft": Recipe("supervised boxes, low resolution", "--turn grounding", "toy/supervised.py"),
     "low_grpo": Recipe("GRPO of both turns, low resolution", "--ground_weight 1 --image_tokens 9"),
     "dapo": Recipe("DAPO", "--average token --clip_high 0.28 --skip_equal true"),
@@ -133,7 +139,8 @@ STUDIES = {
         Column("target on keyframes", "test", "visible"),
     )),
     "supervised": Study(
-        "Supervised fine-tuning beside GRPO", ("cold", "grpo", "sft", "sft_slow", "four", "sft_four"), (
+        "Supervised fine-tuning beside GRPO",
+        ("cold", "grpo", "sft", "sft_slow", "sft_bare", "four", "sft_four", "sft_bare_four"), (
             Column("held-out kinds, named", "reasoning", "named", "held out"),
             Column("other kinds, named", "reasoning", "named", "kept"),
             Column("held-out kinds", "reasoning", kind="held out"),

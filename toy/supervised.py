@@ -6,6 +6,7 @@ The clips are those of the GRPO run of the same seed, in the same order and with
 steps and updates a step are the same too, so both make as many optimizer updates of as many clips. GRPO
 updates several times on a batch before it draws the next; here the run goes over all its clips so many times,
 which suits supervision better. Answers are right in all their parts: narration, target, the clearest frame.
+With --reasoning false they name the target at once: data sets with masks tell no more than that.
 
 With --turn grounding the policy learns to do without System 1: it is asked the query of each clip as it is,
 on one random frame at the low resolution of System 1's video. The right answer is the true box, or null.
@@ -16,6 +17,7 @@ import math
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = str(Path(__file__).parent.parent)
@@ -30,6 +32,7 @@ from trust.options import (
     at_least,
     check_out,
     check_policy_folder,
+    true_or_false,
 )
 from trust.program import begin_program
 
@@ -45,6 +48,8 @@ def read_options(arguments=None):
         help="where to start; its training.json has the numbers that are not given")
     add("--data", default="toy", choices=["toy", "toy_four"],
         help="toy_four leaves two kinds of reasoning query out")
+    add("--reasoning", type=true_or_false, default=True,
+        help="whether answers to queries say what is seen before they name the target")
     add("--turn", default="keyframes", choices=["keyframes", "grounding"], help="what is learned")
     add("--seed", type=at_least(0), default=0)
     add("--steps", type=at_least(1), help="batches of different clips")
@@ -98,7 +103,7 @@ from benchmarks.toy import HELD_OUT, draw_query, scene_clip, toy_scene
 from data import Processor, grounding_prompt, prompt_inputs
 from model import Thinker
 from rewards import mask_box
-from toy.lessons import box_answer, right_answer, scene_accounts
+from toy.lessons import box_answer, right_answer, scene_accounts, unreasoned_answer
 from toy.make_policy import supervised_loss
 from toy.pool import Batch
 
@@ -113,7 +118,7 @@ def training_order(seed: int) -> np.ndarray:
     return np.random.default_rng([seed, 0]).permutation(TRAINING_CLIPS)
 
 
-def example(processor, index, seed, place, left_out):
+def example(processor, index, seed, place, left_out, answer=right_answer):
     """(Inputs, right answer) of a training clip, with the prompt that clip number `place` of a run has."""
     scene = toy_scene("train", index)
     kind, query, target = draw_query(scene, "train", index, left_out)
@@ -121,7 +126,7 @@ def example(processor, index, seed, place, left_out):
     own_seed = int(np.random.SeedSequence([seed, place]).generate_state(1, np.uint64)[0] >> 2)
     inputs = prompt_inputs(processor, clip, np.random.default_rng(own_seed))
     name = None if target is None else scene.things[target].name
-    return inputs, right_answer(kind, scene_accounts(scene), name)
+    return inputs, answer(kind, scene_accounts(scene), name)
 
 
 def grounding_example(processor, index, seed, place, left_out):
@@ -152,7 +157,7 @@ def train(options):
     torch.manual_seed(options.seed)
     thinker = Thinker.from_pretrained(options.policy)
     processor = Processor(options.policy)
-    draw = example
+    draw = example if options.reasoning else partial(example, answer=unreasoned_answer)
     if options.turn == "grounding":
         processor = Processor(options.policy, image_tokens=processor.video_tokens)
         draw = grounding_example
