@@ -133,14 +133,14 @@ STUDIES = {
         Column("crowd", "crowd"),
         Column("crowd, reasoning named", "crowd", "named", "reasoning"),
     )),
-    "rewards": Study("Rewards (table 4 of the paper)", ("cold", "rk", "rk_ra", "rk_rg", "rg", "grpo"), (
+    "rewards": Study("Rewards (table 4 of the paper)", ("grpo", "cold", "rk", "rk_ra", "rk_rg", "rg"), (
         Column("J&F", "test"),
         Column("with plugs/colours.py", "colours"),
         Column("target on keyframes", "test", "visible"),
     )),
     "supervised": Study(
         "Supervised fine-tuning beside GRPO",
-        ("cold", "grpo", "sft", "sft_slow", "sft_bare", "four", "sft_four", "sft_bare_four"), (
+        ("grpo", "cold", "sft", "sft_slow", "sft_bare", "four", "sft_four", "sft_bare_four"), (
             Column("held-out kinds, named", "reasoning", "named", "held out"),
             Column("other kinds, named", "reasoning", "named", "kept"),
             Column("held-out kinds", "reasoning", kind="held out"),
@@ -148,13 +148,13 @@ STUDIES = {
             Column("unseen pairs", "pairs"),
             Column("long", "long"),
         )),
-    "one_system": Study("One system against two", ("cold", "grpo", "low_sft", "low_grpo"), (
+    "one_system": Study("One system against two", ("grpo", "cold", "low_sft", "low_grpo"), (
         Column("evenly spaced frames", "frames"),
         Column("the same, referring", "frames", kind="referring"),
         Column("two systems, low resolution", "low"),
         Column("two systems", "test"),
     )),
-    "objectives": Study("Objectives", ("cold", "grpo", "dapo", "dr_grpo", "gspo", "beta0"), (
+    "objectives": Study("Objectives", ("grpo", "cold", "dapo", "dr_grpo", "gspo", "beta0"), (
         Column("J&F", "test"),
         Column("target on keyframes", "test", "visible"),
         Column("reasoning, named", "reasoning", "named", "reasoning"),
@@ -178,7 +178,7 @@ STUDIES = {
             Column("target on keyframes", "test", "visible"),
             Column("null queries, null", "absent", "null"),
         )),
-    "adapters": Study("Adapters against all weights", ("cold", "grpo", "lora"), (
+    "adapters": Study("Adapters against all weights", ("grpo", "cold", "lora"), (
         Column("J&F", "test"),
         Column("reasoning, named", "reasoning", "named", "reasoning"),
     )),
